@@ -1,0 +1,208 @@
+"""A pair and data in the form that ArviZ plots and summarises.
+
+ArviZ 0.23 takes an `InferenceData`, ArviZ 1 an xarray `DataTree`; `build` makes whichever the installed
+version reads. The groups are the same.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ppl_vae.batches import Data, as_data, prepare
+from ppl_vae.pairs import Batch, Pair, Program, as_pair
+from ppl_vae.rng import seeded
+from ppl_vae.sites import Site
+from ppl_vae.traces import log_terms, predict, run_pair
+
+__all__ = ["build", "to_arviz"]
+
+Groups = dict[str, dict[str, Tensor]]
+
+_ROWS = 20_000  # draws x data that go through the nets at once
+_LIMIT = 2**32  # bytes of one variable
+_DIMENSIONS = ("chain", "draw", "datum")
+
+
+def to_arviz(
+    pair: Program | Pair,
+    data: Any,
+    draws: int = 200,
+    *,
+    seed: int = 0,
+    max_data: int = 100,
+    predictive: bool = True,
+) -> Any:
+    """Draws from the guide, and what goes with them, as ArviZ takes it.
+
+    The groups, all values in nats where they are log-densities:
+
+    - posterior: each latent site, drawn from q(z | x); (chain, draw, datum, site_dim).
+    - posterior_predictive: each observed site, drawn from p(x | z) at the same z; likewise.
+    - log_likelihood: log p(x | z) of each draw, called as the observed site, or "all" where there are
+      several; (chain, draw, datum).
+    - sample_stats: log_weight = log p(x, z) - log q(z | x); (chain, draw, datum).
+    - observed_data: each observed site; (datum, site_dim).
+
+    Draws are independent, so there is one chain, and diagnostics of mixing have nothing to find. They come
+    from the guide, not from the exact posterior; log_weight is what importance sampling corrects them by.
+    Each datum has latents of its own, so leave-one-out statistics of log_likelihood leave nothing out:
+    compare models by `ppl_vae.log_likelihood` instead.
+
+    Args:
+        pair: a program or pair.
+        data: as `ppl_vae.fit` takes it.
+        draws: per datum.
+        seed: of the draws; the caller's random state is left as it is.
+        max_data: the first so many data are exported.
+        predictive: whether to draw the observed sites too: for images by far the largest group.
+
+    Returns:
+        ``arviz.InferenceData`` (ArviZ 0.23) or ``xarray.DataTree`` (ArviZ 1).
+
+    Raises:
+        ValueError: draws or max_data below 1, a variable past 4 GiB, a site called like a dimension, a
+            latent outside the data plate, or data that the pair cannot take.
+    """
+    if draws < 1 or max_data < 1:
+        raise ValueError(f"draws and max_data must be at least 1; got draws={draws}, max_data={max_data}")
+    pair = as_pair(pair)
+    with _evaluating(pair), torch.no_grad():
+        columns = _first(pair, data, max_data, seed)
+        device = columns[0].device
+        with seeded(seed, device):
+            model, guide = run_pair(pair, columns, 1)
+        sites = {**model, **guide}
+        _check(sites, draws, predictive)
+        size = max(1, _ROWS // draws)
+        parts = []
+        for start in range(0, len(columns[0]), size):
+            batch = tuple(column[start : start + size] for column in columns)
+            parts.append(_draw(pair, batch, draws, (seed * 1_000_003 + start) % 2**63, sites, predictive))
+    groups = {group: _joined([part[group] for part in parts]) for group in parts[0]}
+    groups["observed_data"] = {n: _lead(s["value"], s, 0).cpu() for n, s in model.items() if s["is_observed"]}
+    arrays = {
+        group: {n: t.numpy() if group == "observed_data" else t[None].numpy() for n, t in values.items()}
+        for group, values in groups.items()
+    }
+    dims = {name: _dims(name, site) for name, site in sites.items()}
+    dims |= {"all": ["datum"], "log_weight": ["datum"]}
+    return build(arrays, dims, {"datum": np.arange(len(columns[0]))})
+
+
+def build(
+    groups: Mapping[str, Mapping[str, npt.NDArray[Any]]],
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Sequence[Any] | npt.NDArray[Any]],
+) -> Any:
+    """Arrays in groups as what the installed ArviZ reads: the one place that knows its versions.
+
+    Args:
+        groups: group -> variable -> array (chain, draw, ...); no chain and draw in observed_data.
+        dims: variable -> names of its dimensions after chain and draw; in log_likelihood the names of a
+            variable's event are left over and ignored.
+        coords: dimension -> values along it.
+
+    Returns:
+        ``arviz.InferenceData`` or ``xarray.DataTree``.
+    """
+    with warnings.catch_warnings():
+        # ArviZ 0.23 announces its successor once a day when it is imported.
+        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
+        import arviz
+    nested = {group: dict(values) for group, values in groups.items()}
+    names = {"dims": {name: list(of) for name, of in dims.items()}, "coords": dict(coords)}
+    if "posterior" in signature(arviz.from_dict).parameters:  # before ArviZ 1: one argument per group
+        return arviz.from_dict(**nested, **names)
+    return arviz.from_dict(nested, **names)
+
+
+@contextmanager
+def _evaluating(pair: nn.Module) -> Iterator[None]:
+    """Dropout and the like off for a block, then every module as it was."""
+    training = [module for module in pair.modules() if module.training]
+    pair.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _first(pair: Pair, data: Any, count: int, seed: int) -> Batch:
+    """The first `count` data as the model sees them, checked, on the pair's device."""
+    source = as_data(data)
+    source = prepare(pair, source[:count] if isinstance(source, Data) else source)
+    device = next((p.device for p in pair.parameters()), torch.device("cpu"))
+    batches: list[Batch] = []
+    with seeded(seed, device):  # a transform may draw
+        for batch in source.batches(count):
+            batches.append(batch)
+            if sum(len(seen[0]) for seen in batches) >= count:
+                break
+    return tuple(torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
+
+
+def _check(sites: Mapping[str, Site], draws: int, predictive: bool) -> None:
+    """Refuse sites whose names xarray needs, and arrays that would fill the memory."""
+    for name, site in sites.items():
+        if name in _DIMENSIONS:
+            raise ValueError(f"site {name!r} is called like a dimension of ArviZ's arrays: rename it")
+        size = draws * math.prod(site["fn"].shape()) * 4
+        if size > _LIMIT and (predictive or not site["is_observed"]):
+            advice = ", or predictive=False" if site["is_observed"] else ""
+            raise ValueError(
+                f"site {name!r}: {draws} draws for each datum would take {size / 2**30:.1f} GiB: "
+                f"lower draws or max_data{advice}"
+            )
+
+
+def _draw(pair: Pair, batch: Batch, draws: int, seed: int, sites: Mapping[str, Site], predictive: bool) -> Groups:
+    """All groups but observed_data for one batch: arrays (draw, B, ...) on the CPU."""
+    device = batch[0].device
+    with seeded(seed, device):
+        terms = log_terms(pair, *batch, particles=draws)
+    observed = [name for name, site in sites.items() if site["is_observed"]]
+    # Log-densities in float64: ArviZ fits Pareto tails in the type it is given, and fails in float32.
+    groups: Groups = {
+        "posterior": {n: _lead(z, sites[n], 1).cpu() for n, z in terms.samples.items()},
+        "log_likelihood": {observed[0] if len(observed) == 1 else "all": terms.likelihood.double().cpu()},
+        "sample_stats": {"log_weight": terms.weight().double().cpu()},
+    }
+    if predictive:
+        # The guide runs first in both, so under one seed it draws the same z: the groups belong together.
+        with seeded(seed, device):
+            values = predict(pair, *batch, latents="guide", particles=draws)[1]
+        groups["posterior_predictive"] = {n: _lead(x, sites[n], 1).cpu() for n, x in values.items()}
+    return groups
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Batches side by side along the data, dim 1."""
+    return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+
+
+def _lead(value: Tensor, site: Site, dim: int) -> Tensor:
+    """Move the data to `dim`, left of the inner plates, and drop dimensions of plates the site is not in."""
+    event = site["fn"].event_dim
+    value = value.movedim(value.dim() - 1 - event, dim)
+    inner = value.dim() - event - dim - 1  # they stood at -2, -3, ... of the batch shape
+    plates = {frame.dim for frame in site["cond_indep_stack"]}
+    return value.squeeze(tuple(dim + 1 + k for k in range(inner) if k - inner - 1 not in plates))
+
+
+def _dims(name: str, site: Site) -> list[str]:
+    """Names of a site's dimensions in order: datum, inner plates, event."""
+    event, particles = site["fn"].event_dim, -len(site["fn"].batch_shape)
+    inner = {f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized and particles < f.dim < -1}
+    events = [f"{name}_dim_{k}" for k in range(event)] if event > 1 else [f"{name}_dim"] * event
+    return ["datum", *(inner[dim] for dim in sorted(inner)), *events]

@@ -1,0 +1,233 @@
+"""Data as batches: columns in memory, gathered row by row, or a stream of batches made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import Parameter, signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ppl_vae.layout import check_finite, check_values, inspect, own_check
+from ppl_vae.pairs import Batch, Pair
+from ppl_vae.rng import seeded
+
+__all__ = ["Data", "Source", "Stream", "as_data", "prepare"]
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class Data:
+    """Columns of equal length held in memory, such as images x (N, D) and labels y (N,).
+
+    Args:
+        *columns: tensors or arrays with the same first dimension N. float64 and bool become float32; a first
+            column of uint8 holds pixels, kept small in memory and presented as x / 255.
+        transform: applied to the first column of each batch whenever it is presented, for instance
+            `ppl_vae.redraw`, which draws binary pixels anew.
+
+    Raises:
+        ValueError: no columns, no rows, or columns of different lengths.
+
+    >>> data = Data(torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0]))
+    >>> len(data), [len(x) for x, y in data.batches(2)]
+    (3, [2, 1])
+    """
+
+    def __init__(self, *columns: Any, transform: Transform | None = None) -> None:
+        if not columns:
+            raise ValueError("Data: at least one column is needed")
+        self.columns = tuple(_as_tensor(c, f"column {i}") for i, c in enumerate(columns))
+        self.transform = transform
+        lengths = [len(c) if c.dim() else 0 for c in self.columns]
+        if lengths[0] == 0:
+            raise ValueError("Data: column 0 is empty; at least one row is needed")
+        if len(set(lengths)) > 1:
+            raise ValueError(f"Data: columns must have the same number of rows, got {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(tuple(c.shape)) for c in self.columns)
+        return f"Data({shapes}, transform={self.transform!r})"
+
+    def __getitem__(self, rows: slice | Tensor) -> Data:
+        """Some of the rows, under the same transform."""
+        return Data(*(c[rows] for c in self.columns), transform=self.transform)
+
+    def to(self, device: torch.device | str) -> Data:
+        """The same data on a device; nothing is copied if they are there already."""
+        return Data(*(c.to(device) for c in self.columns), transform=self.transform)
+
+    def present(self, rows: slice | Tensor) -> Batch:
+        """A batch of some rows as the model sees it, transformed."""
+        first, *rest = (c[rows] for c in self.columns)
+        if first.dtype == torch.uint8:
+            first = first.float() / 255.0
+        return (first if self.transform is None else self.transform(first), *rest)
+
+    def batches(self, size: int, *, order: Tensor | None = None) -> Iterator[Batch]:
+        """All rows in batches of ``size`` (the last may be shorter), in the order given or their own."""
+        for start in range(0, len(self), size):
+            stop = start + size
+            yield self.present(slice(start, stop) if order is None else order[start:stop])
+
+    def epoch(self, size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """All rows shuffled: an order that depends on the seed and the epoch's number alone."""
+        generator = torch.Generator().manual_seed(_epoch_seed(seed, epoch))
+        order = torch.randperm(len(self), generator=generator)
+        return self.batches(size, order=order.to(self.columns[0].device))
+
+
+class Stream:
+    """Batches from an iterable: a DataLoader, a list of batches, anything that can be iterated again.
+
+    Args:
+        source: the iterable; each item is a tensor, an array, or a tuple or list of them.
+        shuffled: another order of the same data, for training; by default the source itself.
+        device: where batches are moved as they come.
+
+    Raises:
+        ValueError: an iterator, which could serve one epoch only.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        shuffled: DataLoader[Any] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if isinstance(source, Iterator):
+            raise ValueError(
+                "data: an iterator is used up after one epoch; give something that can be iterated again "
+                "(a DataLoader, a list, or an object whose __iter__ starts anew)"
+            )
+        self.source, self.shuffled, self.device = source, shuffled, device
+        self.width: int | None = None  # how many of a batch's tensors to pass on
+
+    def __repr__(self) -> str:
+        return f"Stream({type(self.source).__name__})"
+
+    def to(self, device: torch.device | str) -> Stream:
+        """The same stream, its batches moved to a device as they come."""
+        stream = Stream(self.source, self.shuffled, device)
+        stream.width = self.width
+        return stream
+
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """One pass over the source, in its own order and batch size."""
+        return self._read(self.source)
+
+    def epoch(self, size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """One pass for training; a Dataset's order depends on the seed and the epoch's number alone."""
+        if self.shuffled is not None and self.shuffled.generator is not None:
+            self.shuffled.generator.manual_seed(_epoch_seed(seed, epoch))
+        return self._read(self.source if self.shuffled is None else self.shuffled)
+
+    def _read(self, source: Iterable[Any]) -> Iterator[Batch]:
+        empty = True
+        for item in source:
+            empty = False
+            batch = _as_batch(item)[: self.width]
+            yield tuple(t.to(self.device, non_blocking=True) for t in batch)
+        if empty:
+            raise ValueError("data: the iterable gave no batch; at least one is needed")
+
+
+Source = Data | Stream
+
+
+def as_data(data: Any, batch_size: int = 128) -> Source:
+    """Data in any form that users have it: tensor, array, tuple of them, torch Dataset, iterable of batches.
+
+    Args:
+        data: the data; a map-style Dataset is read through DataLoaders of ``batch_size``.
+        batch_size: used for a Dataset only.
+
+    Raises:
+        ValueError: something that holds no tensors, or holds no rows.
+    """
+    if isinstance(data, Data | Stream):
+        return data
+    if isinstance(data, Tensor | np.ndarray):
+        return Data(data)
+    if isinstance(data, tuple) and all(isinstance(c, Tensor | np.ndarray) for c in data):
+        return Data(*data)
+    if isinstance(data, Dataset):
+        if isinstance(data, IterableDataset):
+            return Stream(DataLoader(data, batch_size=batch_size))
+        loader = DataLoader(data, batch_size=batch_size, shuffle=True, generator=torch.Generator())
+        return Stream(DataLoader(data, batch_size=batch_size), shuffled=loader)
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
+        return Stream(data)
+    raise ValueError(
+        "data: expected a tensor, an array, a tuple of them, a torch Dataset or an iterable of batches, "
+        f"got {type(data).__name__}"
+    )
+
+
+def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device | str | None = None) -> Source:
+    """Data for a pair: on its device, with no more columns than the model takes, checked before any use.
+
+    Columns beyond the model's arguments (labels, say) are left out. Everything in memory is checked now, for
+    NaN and for values outside what the likelihood is defined on; a stream is checked on its first batch.
+
+    Raises:
+        ValueError: the data do not suit the pair; the message names the site or column, the row, the value.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if device is None:
+        device = next((p.device for p in pair.parameters()), torch.device("cpu"))
+    source, width = as_data(data, batch_size).to(device), _arity(pair)
+    if isinstance(source, Stream):
+        source.width = width
+        inspect(pair, next(source.batches()))
+        return source
+    source = Data(*source.columns[:width], transform=source.transform)
+    for i, column in enumerate(source.columns):
+        check_finite(column, f"data column {i}")
+    own_check(pair, source.columns)
+    with seeded(0, device):  # a transform may draw
+        first = source.present(slice(0, batch_size))
+    layout = inspect(pair, first)
+    for site, (position, family, support) in layout.observed.items():
+        if position is not None and support is not None and not (position == 0 and source.transform):
+            column = source.columns[position]
+            if column.dtype == torch.uint8 and position == 0:
+                column = column / 255.0  # as it is presented
+            check_values(site, column, family, support)
+    return source
+
+
+def _arity(pair: Pair) -> int | None:
+    """How many tensors the model takes; None for any number."""
+    model = pair.raw_model
+    kinds = [
+        p.kind for p in signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
+    ]
+    if Parameter.VAR_POSITIONAL in kinds:
+        return None
+    return sum(k in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
+def _as_tensor(column: Any, name: str) -> Tensor:
+    if isinstance(column, np.ndarray) and column.dtype == object:
+        raise ValueError(f"{name}: an array of objects cannot become a tensor")
+    if not isinstance(column, Tensor | np.ndarray):
+        raise ValueError(f"{name}: expected a tensor or an array, got {type(column).__name__}")
+    tensor = torch.as_tensor(column)
+    return tensor.float() if tensor.dtype in (torch.float64, torch.bool) else tensor
+
+
+def _as_batch(item: Any) -> Batch:
+    parts = item if isinstance(item, tuple | list) else (item,)
+    return tuple(_as_tensor(part, f"batch item {i}") for i, part in enumerate(parts))

@@ -1,0 +1,70 @@
+"""Weights on disk: safetensors, written whole, read without ever executing what a file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ppl_vae.files import PathLike, write_whole
+from ppl_vae.hooks import Hook
+from ppl_vae.pairs import Pair, Program, as_pair
+from ppl_vae.train import Run
+
+__all__ = ["Save", "load_weights", "save_weights"]
+
+
+def save_weights(program: Program | Pair, path: PathLike) -> Path:
+    """Write all parameters and buffers of a pair as safetensors.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    state = {
+        name: value.detach().cpu().contiguous().clone() for name, value in as_pair(program).state_dict().items()
+    }
+    return write_whole(path, lambda file: save_file(state, file))
+
+
+def load_weights(program: Program | Pair, path: PathLike) -> None:
+    """Read what `save_weights` wrote into a pair of the same structure; on an error nothing is changed.
+
+    Raises:
+        ValueError: no such file, no safetensors file or a damaged one, or weights of another program; the
+            message says which.
+    """
+    pair, path = as_pair(program), Path(path)
+    if not path.is_file():
+        raise ValueError(f"path: no weights at {path}")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {path} is damaged, or no safetensors file ({error})") from error
+    if pair.layout is None:
+        pair.expect(state)  # bare pyro.param statements have not run yet
+    own = {name: value.shape for name, value in pair.state_dict().items()}
+    for name in sorted(own.keys() | state.keys()):
+        if name not in own or name not in state or own[name] != state[name].shape:
+            found = f"shape {tuple(state[name].shape)}" if name in state else "nothing"
+            wanted = f"shape {tuple(own[name])}" if name in own else "nothing"
+            raise ValueError(
+                f"path: {path} holds another program's weights: {name} has {found}, expected {wanted}"
+            )
+    pair.load_state_dict(state)
+
+
+class Save(Hook):
+    """Keep the weights on disk: the best so far by the validation bound, or the latest without one."""
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = Path(path)
+
+    def on_epoch(self, run: Run) -> None:
+        """Write, if these are the weights to keep."""
+        if not run.validated or run.best_epoch == run.epoch:
+            save_weights(run.pair, self.path)
+
+    def on_end(self, run: Run) -> None:
+        """Write what the pair ends with: best, latest, or last good."""
+        save_weights(run.pair, self.path)

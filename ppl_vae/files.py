@@ -1,0 +1,32 @@
+"""Writing files so that nobody ever reads half of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["PathLike", "write_whole"]
+
+PathLike = str | os.PathLike[str]
+
+
+def write_whole(path: PathLike, write: Callable[[Path], object]) -> Path:
+    """Let ``write`` fill a temporary file beside ``path``, then move it there: all or nothing.
+
+    Raises:
+        ValueError: the folder does not exist or cannot be written, or ``path`` is a folder.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # on disk before the name points to it
+        temporary.replace(path)
+    except OSError as error:
+        raise ValueError(f"path: cannot write {path} ({error.strerror or error})") from error
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,77 @@
+"""The film of a training run: the same inputs, their reconstructions and the same prior draws, epoch by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ppl_vae.evaluate import reconstruct, sample
+from ppl_vae.files import PathLike
+from ppl_vae.hooks import Hook
+from ppl_vae.plots import film_frame, write_gif
+from ppl_vae.train import Run
+
+__all__ = ["Film"]
+
+
+class Film(Hook):
+    """Take a picture before training and after epochs, and write them as a GIF at the end.
+
+    The prior draws have the same latents in every frame, so the film shows the decoder learn.
+
+    Args:
+        path: where the GIF goes.
+        inputs: columns of the data to follow, a batch of some rows: x (B, *event) and perhaps conditions.
+        shape: of one picture, (H, W) or (C, H, W).
+        frames: about how many epochs to show; early ones are shown more densely, when most changes.
+        draws: how many prior draws; with a condition, as many as inputs, with their conditions.
+
+    Raises:
+        ValueError: fewer than one frame or draw.
+    """
+
+    def __init__(
+        self, path: PathLike, inputs: Sequence[Tensor], shape: Sequence[int], *, frames: int = 60, draws: int = 30
+    ) -> None:
+        if frames < 1 or draws < 1:
+            raise ValueError(f"frames and draws must be at least 1, got {frames} and {draws}")
+        self.path, self.inputs, self.shape = Path(path), tuple(inputs), tuple(shape)
+        self.frames, self.draws = frames, draws
+        self.pictures: list[np.ndarray] = []
+        self.epochs: set[int] = set()
+
+    def on_start(self, run: Run) -> None:
+        """Choose the epochs to show, and show the untrained pair."""
+        count = min(self.frames, run.epochs)
+        self.epochs = {round(e) for e in np.geomspace(1, run.epochs, count)} | {run.epochs}
+        self.pictures = []
+        self.take(run, "before training")
+
+    def on_epoch(self, run: Run) -> None:
+        """Show this epoch, if it is one of the chosen."""
+        if run.epoch in self.epochs or run.stopping:
+            row = run.history[-1]
+            bound = row["train"] if np.isnan(row["valid"]) else row["valid"]
+            self.take(run, f"epoch {run.epoch}: {bound:.2f} nats per datum")
+
+    def take(self, run: Run, caption: str) -> None:
+        """Add a frame of the pair as it is."""
+        x, *context = self.inputs
+        draws = len(x) if context else self.draws
+        self.pictures.append(
+            film_frame(
+                x,
+                reconstruct(run.pair, *self.inputs),
+                sample(run.pair, draws, *context, mean=True, seed=1),
+                self.shape,
+                caption,
+            )
+        )
+
+    def on_end(self, run: Run) -> None:
+        """Write the film, also of a run that ended early."""
+        if self.pictures:
+            write_gif(self.pictures, self.path)

@@ -1,0 +1,182 @@
+"""Hooks: what happens around training steps without being part of them.
+
+A hook gets the `ppl_vae.train.Run`, reads its history and settings, and may ask it to stop.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ppl_vae.train import Run
+
+__all__ = ["Anneal", "EarlyStop", "Hook", "LogCSV", "LogTensorBoard", "Progress", "linear"]
+
+
+class Hook:
+    """Called at four moments of a run; every method does nothing until overridden."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step."""
+
+    def on_step(self, run: Run) -> None:
+        """Before each step; ``run.step`` counts the steps done."""
+
+    def on_report(self, run: Run, value: float, rate: float) -> None:
+        """When losses were read: the mean objective since the last time, and data per second."""
+
+    def on_epoch(self, run: Run) -> None:
+        """After each epoch; ``run.history[-1]`` is its row."""
+
+    def on_end(self, run: Run) -> None:
+        """At the end, however it came: finished, stopped, interrupted, or failed."""
+
+
+class Progress(Hook):
+    """A bar on the terminal with the bound in nats per datum and the throughput; silent elsewhere."""
+
+    def __init__(self, disable: bool | None = None) -> None:
+        self.disable = disable
+        self.bar: Any = None
+
+    def on_start(self, run: Run) -> None:
+        """Open the bar."""
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(total=run.epochs, initial=run.epoch, unit="epoch", disable=self.disable, leave=True)
+
+    def on_report(self, run: Run, value: float, rate: float) -> None:
+        """Show the current bound."""
+        self.bar.set_postfix_str(f"train {value:.2f} nats, {rate:,.0f}/s" + self._valid(run))
+
+    def on_epoch(self, run: Run) -> None:
+        """Advance by one epoch."""
+        self.bar.update(1)
+
+    def on_end(self, run: Run) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    @staticmethod
+    def _valid(run: Run) -> str:
+        if not run.history or math.isnan(run.history[-1]["valid"]):
+            return ""
+        return f", valid {run.history[-1]['valid']:.2f} ± {run.history[-1]['valid_stderr']:.2f}"
+
+
+class EarlyStop(Hook):
+    """Stop when the validation bound has not risen for some epochs.
+
+    Args:
+        patience: epochs without a rise.
+        min_rise: how many nats count as a rise.
+
+    Raises:
+        ValueError: patience below one; no validation data given to ``fit``.
+    """
+
+    def __init__(self, patience: int = 10, min_rise: float = 0.0) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        self.patience, self.min_rise = patience, min_rise
+        self.best, self.since = -math.inf, 0
+
+    def on_start(self, run: Run) -> None:
+        """Make sure there is something to watch, and forget earlier runs."""
+        if not run.validated:
+            raise ValueError("EarlyStop: fit(...) needs valid data to watch")
+        self.best, self.since = -math.inf, 0
+
+    def on_epoch(self, run: Run) -> None:
+        """Count epochs since the last rise."""
+        value = run.history[-1]["valid"]
+        if value > self.best + self.min_rise:
+            self.best, self.since = value, 0
+        else:
+            self.since += 1
+        if self.since >= self.patience:
+            run.stop(f"no rise of the validation bound in {self.patience} epochs")
+
+
+class Anneal(Hook):
+    """Set a number held in a tensor, such as an objective's ``beta``, before each step.
+
+    Args:
+        target: the tensor, written in place so that a captured step sees it.
+        schedule: step -> value.
+
+    >>> from ppl_vae.objectives import ELBO
+    >>> warm_up = ELBO()
+    >>> hook = Anneal(warm_up.beta, linear(0.0, 1.0, steps=1000))
+    """
+
+    def __init__(self, target: Tensor, schedule: Callable[[int], float]) -> None:
+        self.target, self.schedule = target, schedule
+
+    def on_step(self, run: Run) -> None:
+        """Write the value of this step."""
+        self.target.fill_(self.schedule(run.step))
+
+
+def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
+    """A schedule from ``start`` to ``end`` in ``steps`` steps, constant afterwards.
+
+    >>> [linear(0.0, 1.0, 4)(s) for s in (0, 1, 4, 9)]
+    [0.0, 0.25, 1.0, 1.0]
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return lambda step: start + (end - start) * min(step / steps, 1.0)
+
+
+class LogCSV(Hook):
+    """Write one row per epoch to a CSV file, readable while the run goes on."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def on_start(self, run: Run) -> None:
+        """Start the file anew."""
+        self.path.unlink(missing_ok=True)
+
+    def on_epoch(self, run: Run) -> None:
+        """Append the epoch's row."""
+        row = run.history[-1]
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+class LogTensorBoard(Hook):
+    """Write the history to TensorBoard event files.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("LogTensorBoard: install the extra, pip install 'ppl-vae[tensorboard]'") from error
+        self.writer: Any = SummaryWriter(str(folder))
+
+    def on_epoch(self, run: Run) -> None:
+        """Write the epoch's row."""
+        for name, value in run.history[-1].items():
+            if name not in ("epoch", "step") and not math.isnan(value):
+                self.writer.add_scalar(name, value, run.history[-1]["step"])
+
+    def on_end(self, run: Run) -> None:
+        """Flush and close the files."""
+        self.writer.close()

@@ -1,0 +1,151 @@
+"""Look at a pair once before using it: what its sites are, and whether the data suit them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+from ppl_vae.pairs import Batch, Pair
+from ppl_vae.rng import seeded
+from ppl_vae.sites import Site, base, plate_shape, statements
+
+__all__ = ["Layout", "check_finite", "check_values", "inspect", "own_check"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a pair declares.
+
+    Attributes:
+        nesting: how many dimensions its plates take, the data plate at dim -1 being the first.
+        latents: names of the latent sites, in the guide's order.
+        observed: observed site -> (position of its tensor in the batch or None, family, support or None).
+        score_only: latent sites without a reparameterised sampler.
+        outside: sites outside the data plate; with any, there is no bound per datum.
+        population: how many data the data plate stands for, where that is not the batch's length.
+    """
+
+    nesting: int
+    latents: tuple[str, ...]
+    observed: dict[str, tuple[int | None, str, Any]]
+    score_only: tuple[str, ...]
+    outside: tuple[str, ...]
+    population: int | None
+
+
+def inspect(pair: Pair, batch: Batch) -> Layout:
+    """Run a pair once on a batch, check its structure, and remember its layout in ``pair.layout``.
+
+    Parameters that the programs create when first run exist afterwards. No random number is taken from the
+    caller's stream.
+
+    Raises:
+        ValueError: the programs cannot take the batch (rank, width, type), their latents do not match, an
+            observed value is outside its distribution's support; the message names the site or the tensor.
+    """
+    lengths = {len(t) if t.dim() else 0 for t in batch}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"batch: tensors must share a first dimension of at least 1, got {_shapes(batch)}")
+    for i, column in enumerate(batch):
+        check_finite(column, f"batch tensor {i}")
+    own_check(pair, batch)
+    model, guide = _run(pair, batch)
+    if pair.expected:
+        raise ValueError(f"the loaded weights are another program's: it has no {min(pair.expected)!r}")
+    _match(model, guide)
+    sites = [*model.values(), *guide.values()]
+    dims = [f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
+    frame = next((f for s in sites for f in s["cond_indep_stack"] if f.dim == -1), None)
+    full = None if frame is None else frame.full_size or frame.size
+    layout = Layout(
+        nesting=-min(dims, default=-1),
+        latents=tuple(guide),
+        observed={n: _observation(s, batch) for n, s in model.items() if s["is_observed"]},
+        score_only=tuple(n for n, s in guide.items() if not s["fn"].has_rsample),
+        outside=tuple(dict.fromkeys(s["name"] for s in sites if plate_shape(s) is None)),
+        population=full if full != len(batch[0]) else None,
+    )
+    pair.layout = layout
+    return layout
+
+
+def _run(pair: Pair, batch: Batch) -> tuple[dict[str, Site], dict[str, Site]]:
+    try:
+        with seeded(None, batch[0].device), torch.no_grad(), pyro.validation_enabled(False):
+            guide = poutine.trace(pair.guide).get_trace(*batch)
+            model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"the program cannot take a batch of {_shapes(batch)}: {error}. "
+            "Flat nets want x as (B, features): use x.flatten(1); check also the net's first width"
+        ) from error
+    return statements(model), statements(guide)
+
+
+def _match(model: dict[str, Site], guide: dict[str, Site]) -> None:
+    """Raise ValueError unless the guide draws exactly the model's latents."""
+    latents = {n for n, s in model.items() if not s["is_observed"]}
+    extra = {n for n, s in guide.items() if not s["infer"].get("is_auxiliary")} - latents
+    if seen := [n for n, s in guide.items() if s["is_observed"]]:
+        raise ValueError(f"site {seen[0]!r}: the guide observes it; a guide only draws latents")
+    if missing := latents - set(guide):
+        raise ValueError(f"site {min(missing)!r}: a latent of the model that the guide does not draw")
+    if extra:
+        raise ValueError(f"site {min(extra)!r}: drawn by the guide, but no latent of the model")
+
+
+def _observation(site: Site, batch: Batch) -> tuple[int | None, str, Any]:
+    """Check an observed value's shape and support; say which tensor of the batch it is."""
+    fn, value = site["fn"], site["value"]
+    expected = fn.batch_shape + fn.event_shape
+    if value.shape != expected:
+        raise ValueError(
+            f"site {site['name']!r}: observed value has shape {tuple(value.shape)}, its distribution "
+            f"{tuple(expected)}; the data's width must be the width of the likelihood"
+        )
+    fn = base(fn)
+    family, support = type(fn).__name__, fn.support
+    check_values(site["name"], value, family, support)
+    position = next((i for i, t in enumerate(batch) if t is value), None)
+    # A support that depends on parameters speaks of this batch alone.
+    static = isinstance(getattr(type(fn), "support", None), constraints.Constraint)
+    return position, family, support if static else None
+
+
+def check_values(site: str, value: Tensor, family: str, support: Any) -> None:
+    """Raise ValueError, naming site, family, row and value, if ``value`` has entries outside ``support``."""
+    wrong = ~support.check(value).reshape(len(value), -1)
+    if not bool(wrong.any()):
+        return
+    row = int(wrong.any(1).nonzero()[0])
+    entries = value.reshape(len(value), -1)[row]
+    entry = float(entries[wrong[row]][0] if wrong.shape[1] == entries.numel() else entries.flatten()[0])
+    advice = (
+        "binarise the data (redraw or threshold), or choose a likelihood for real values such as Normal"
+        if support is constraints.boolean
+        else "rescale the data or choose another likelihood"
+    )
+    raise ValueError(f"site {site!r}: {family} takes {support}, got {entry:g} in row {row}; {advice}")
+
+
+def check_finite(column: Tensor, name: str) -> None:
+    """Raise ValueError naming the first row of ``column`` that holds NaN or infinity."""
+    if column.is_floating_point() and not bool(torch.isfinite(column).all()):
+        row = int((~torch.isfinite(column)).reshape(len(column), -1).any(1).nonzero()[0])
+        raise ValueError(f"{name}: row {row} holds NaN or infinity; remove or impute it")
+
+
+def own_check(pair: Pair, batch: Batch) -> None:
+    """Let the program refuse the data in its own words, if it has any."""
+    if callable(check := getattr(pair.program, "check", None)):
+        check(*batch)
+
+
+def _shapes(batch: Batch) -> str:
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in batch)

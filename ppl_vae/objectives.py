@@ -1,0 +1,159 @@
+"""Objectives: what training maximises, a bound with an estimator of its gradient, or one of Pyro's ELBOs.
+
+An objective maps a pair and a batch to values (B,), in nats per datum, to be maximised in the mean.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import elbo as pyro_elbo
+from torch import Tensor, nn
+
+from ppl_vae.bounds import Bound, elbo, iwae
+from ppl_vae.estimators import Estimator, pathwise, require_reparameterised
+from ppl_vae.layout import inspect
+from ppl_vae.pairs import Batch, Pair
+from ppl_vae.traces import KL, log_terms
+
+__all__ = ["ELBO", "IWAE", "BoundObjective", "Objective", "PyroObjective", "as_objective"]
+
+
+class Objective(nn.Module, ABC):
+    """What `ppl_vae.fit` maximises: ``forward(pair, *batch) -> (B,)``, nats per datum."""
+
+    @abstractmethod
+    def forward(self, pair: Pair, *batch: Tensor) -> Tensor:
+        """Return one value per datum, (B,), differentiable in the pair's parameters."""
+
+
+class BoundObjective(Objective):
+    """A bound on log p(x) and the estimator of its gradient.
+
+    Args:
+        bound: map of log weights (K, B) to (B,).
+        estimator: how to differentiate it.
+        particles: K.
+        beta: weight of the rate, part of the importance weight (Higgins et al. 2017, eq. 4). It is a buffer, so
+            a hook may anneal it. With beta other than 1 the value is no bound on log p(x).
+        kl: whether the rate is a closed form; see `ppl_vae.traces.log_terms`.
+
+    Raises:
+        ValueError: fewer than one particle, negative beta, unknown kl.
+    """
+
+    beta: Tensor
+
+    def __init__(
+        self,
+        bound: Bound,
+        estimator: Estimator = pathwise,
+        *,
+        particles: int = 1,
+        beta: float = 1.0,
+        kl: KL = "sampled",
+    ) -> None:
+        super().__init__()
+        if particles < 1:
+            raise ValueError(f"particles must be at least 1, got {particles}")
+        if not 0 <= beta < float("inf"):
+            raise ValueError(f"beta must be finite and not negative, got {beta}")
+        if kl not in ("sampled", "analytic", "auto"):
+            raise ValueError(f"kl must be 'sampled', 'analytic' or 'auto', got {kl!r}")
+        self.bound, self.estimator, self.particles, self.kl = bound, estimator, particles, kl
+        self.register_buffer("beta", torch.tensor(float(beta)))
+
+    def forward(self, pair: Pair, *batch: Tensor) -> Tensor:
+        """Return the bound per datum, (B,)."""
+        return self.estimator(self.bound, pair, *batch, particles=self.particles, beta=self.beta, kl=self.kl)
+
+    def extra_repr(self) -> str:
+        """Name the bound and its settings."""
+        name = getattr(self.bound, "__name__", repr(self.bound))
+        return f"{name}, particles={self.particles}, kl={self.kl}"
+
+
+def ELBO(particles: int = 1, *, kl: KL = "sampled", beta: float = 1.0) -> BoundObjective:  # noqa: N802
+    """The evidence lower bound, averaged over ``particles`` draws (Kingma & Welling 2014).
+
+    Args:
+        particles: draws per datum; more of them lower the gradient's variance, not the bound's looseness.
+        kl: "sampled" (eq. 2, as Pyro's Trace_ELBO), "analytic" (eq. 3, as TraceMeanField_ELBO), or "auto".
+        beta: weight of the KL.
+    """
+    return BoundObjective(elbo, particles=particles, beta=beta, kl=kl)
+
+
+def IWAE(particles: int = 5) -> BoundObjective:  # noqa: N802
+    """The importance-weighted bound of ``particles`` draws (Burda et al. 2016): tighter with each more."""
+    return BoundObjective(iwae, particles=particles)
+
+
+class PyroObjective(Objective):
+    """One of Pyro's ELBOs: per datum, minus its loss divided by the number of data its plate stands for.
+
+    ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are lowered to the same table of log-densities as our own bounds,
+    with the same value and gradient as Pyro's: site scales count, and the closed KL is used where it holds.
+    (Where guide and model order their latents differently, Pyro warns and uses it all the same; here such a
+    site is sampled.) Every other ELBO, and every pair without a bound per datum or with latents that have no
+    reparameterised sampler, runs through Pyro's own ``loss_and_grads``, eagerly.
+    """
+
+    def __init__(self, loss: pyro_elbo.ELBO) -> None:
+        super().__init__()
+        self.loss = loss
+        lowered: dict[type, KL] = {Trace_ELBO: "sampled", TraceMeanField_ELBO: "auto"}
+        self.kl = lowered.get(type(loss))
+
+    def forward(self, pair: Pair, *batch: Tensor) -> Tensor:
+        """Return minus the loss per datum, (B,); the mean repeated where the ELBO gives no value per datum."""
+        layout = pair.layout or inspect(pair, batch)
+        if self.kl is not None and not layout.outside and not layout.score_only:
+            particles = self.loss.num_particles
+            terms = log_terms(pair, *batch, particles=particles, kl=self.kl, keep_scales=True)
+            require_reparameterised(terms)
+            return elbo(terms.weight())
+        value = -self._through_pyro(pair, batch) / (layout.population or len(batch[0]))
+        return value.expand(len(batch[0]))
+
+    def _through_pyro(self, pair: Pair, batch: Batch) -> Tensor:
+        """Pyro's loss as a scalar tensor with Pyro's gradient.
+
+        ``loss_and_grads`` is the one method that all of Pyro's ELBOs have. Its backward pass writes to
+        ``.grad``; these gradients are read off and attached to the value.
+        """
+        device = batch[0].device
+        if not torch.is_grad_enabled():
+            return torch.as_tensor(self.loss.loss(pair.model, pair.guide, *batch), device=device)
+        parameters = [p for p in pair.parameters() if p.requires_grad]
+        kept = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        value = torch.as_tensor(self.loss.loss_and_grads(pair.model, pair.guide, *batch), device=device).detach()
+        for p, grad in zip(parameters, kept, strict=True):
+            if p.grad is not None:
+                value = value + ((p - p.detach()) * p.grad).sum()
+            p.grad = grad
+        return value
+
+    def extra_repr(self) -> str:
+        """Name Pyro's ELBO."""
+        return f"{type(self.loss).__name__}, particles={self.loss.num_particles}"
+
+
+def as_objective(objective: Any) -> Objective:
+    """An objective of ours as it is; one of Pyro's ELBOs adapted.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, pyro_elbo.ELBO):
+        return PyroObjective(objective)
+    raise ValueError(
+        f"objective: expected ELBO(...), IWAE(...) or an ELBO of pyro.infer, got {type(objective).__name__}"
+    )

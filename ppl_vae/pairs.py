@@ -1,0 +1,196 @@
+"""A (model, guide) pair as one torch module that owns every parameter of both programs.
+
+Pyro keeps parameters in a global store. Here each pair is its own store: parameters of modules are used where
+they live, those of bare ``pyro.param`` statements become parameters of the pair, and the global store is never
+touched. Training, saving and moving a pair is then training, saving and moving a module.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+
+__all__ = ["Batch", "Pair", "Program", "as_pair"]
+
+Batch = tuple[Tensor, ...]
+
+
+@runtime_checkable
+class Program(Protocol):
+    """Anything with a Pyro ``model`` and a Pyro ``guide`` of the same batch of tensors.
+
+    Three optional methods make it nicer to use: ``check(*columns)`` raises ValueError for data that the program
+    cannot take; ``blank(size, *context)`` gives a batch of the right shapes, for sampling from the model;
+    ``start_from(x)`` sets biases from the training data.
+    """
+
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """Declare p(x, z | c)."""
+
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
+        """Declare q(z | x, c)."""
+
+
+class _OwnParams(Messenger):  # type: ignore[misc]
+    """Answer ``pyro.param`` from a pair instead of from the global store."""
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        name: str = msg["name"]
+        init = msg["args"][1] if len(msg["args"]) > 1 else None
+        if torch.is_tensor(init) and init.requires_grad:
+            self.pair.adopt(name, init)  # a module's own parameter: use it where it lives
+            msg["value"] = init
+        elif init is not None or name in self.pair.constraints:
+            msg["value"] = self.pair.own(name, init, msg["kwargs"].get("constraint", constraints.real))
+        else:
+            return  # a PyroModule's parameter, whose value the statement itself holds
+        msg["done"] = True
+
+
+class Pair(nn.Module):
+    """A Pyro model and a Pyro guide of the same batch: what everything in this library works on.
+
+    Args:
+        model: callable of a batch of tensors declaring p(x, z | c).
+        guide: callable of the same batch declaring q(z | x, c).
+
+    Functions, modules and bound methods of modules may be given. Modules, and those whose methods are given,
+    become submodules. A net that a plain function closes over must be registered with ``pyro.module``, as
+    under Pyro's own SVI, to be trained; moving such a net's buffers to a device is the caller's.
+
+    >>> import pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x), dim=-1):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     a = pyro.param("a", torch.tensor(0.3))
+    ...     with pyro.plate("data", len(x), dim=-1):
+    ...         pyro.sample("z", dist.Normal(a * x, 0.7))
+    >>> pair = Pair(model, guide)
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+        super().__init__()
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise ValueError(f"{name}: expected a callable of a batch, got {type(program).__name__}")
+        self.programs = nn.ModuleList(_modules_of(model, guide))
+        self.params = nn.ParameterDict()
+        self.constraints: dict[str, constraints.Constraint] = {}
+        self.known: set[str] = set()  # names of adopted parameters
+        self.expected: dict[str, Tensor] = {}  # loaded values of parameters not yet created
+        self.__dict__["_callables"] = (model, guide)  # modules among them are registered above
+        self.layout: Any = None  # set by traces.inspect
+
+    @property
+    def program(self) -> Any:
+        """The object that declares the model, where there is one, else the model function."""
+        model = self.raw_model
+        return getattr(model, "__self__", model)
+
+    @property
+    def raw_model(self) -> Callable[..., Any]:
+        """The model as it was given."""
+        model: Callable[..., Any] = self.__dict__["_callables"][0]
+        return model
+
+    def model(self, *batch: Tensor) -> Any:
+        """Run the model with parameters from this pair."""
+        with self._own_params():
+            return self.raw_model(*batch)
+
+    def guide(self, *batch: Tensor) -> Any:
+        """Run the guide with parameters from this pair."""
+        with self._own_params():
+            return self.__dict__["_callables"][1](*batch)
+
+    @contextmanager
+    def _own_params(self) -> Iterator[None]:
+        # PyroModules ask this setting whether to use the global store; it is put back at once.
+        with pyro.settings.context(module_local_params=True), _OwnParams(self):
+            yield
+
+    def adopt(self, name: str, parameter: Tensor) -> None:
+        """Make a closed-over module's parameter one of the pair's, unless it is already."""
+        if name in self.known:
+            return
+        self.known.add(name)
+        if isinstance(parameter, nn.Parameter) and not any(parameter is p for p in self.parameters()):
+            self.params[_key(name)] = parameter
+            if (stored := self._loaded(name, parameter)) is not None:
+                parameter.data.copy_(stored)
+
+    def expect(self, state: dict[str, Tensor]) -> None:
+        """Take from loaded weights those of statements that have not run yet; they get them when they do."""
+        for key in [k for k in state if k.startswith("params.") and k not in self.state_dict()]:
+            self.expected[key.removeprefix("params.")] = state.pop(key)
+
+    def _loaded(self, name: str, like: Tensor) -> Tensor | None:
+        stored = self.expected.pop(_key(name), None)
+        if stored is not None and stored.shape != like.shape:
+            raise ValueError(
+                f"param {name!r}: the loaded weights have shape {tuple(stored.shape)}, "
+                f"the program's {tuple(like.shape)}"
+            )
+        return stored
+
+    def own(self, name: str, init: Any, constraint: constraints.Constraint) -> Tensor:
+        """The constrained value of a ``pyro.param`` statement, created from ``init`` when first met."""
+        if name not in self.constraints:
+            value = (init() if callable(init) else init).detach()
+            if not bool(constraint.check(value).all()):  # type: ignore[no-untyped-call]
+                raise ValueError(f"param {name!r}: its initial value lies outside its constraint {constraint}")
+            unconstrained = transform_to(constraint).inv(value).clone().contiguous()
+            stored = self._loaded(name, unconstrained)
+            self.params[_key(name)] = nn.Parameter(unconstrained if stored is None else stored.to(unconstrained))
+            self.constraints[name] = constraint
+        parameter = self.params[_key(name)]
+        constrained: Tensor = transform_to(self.constraints[name])(parameter)
+        if constrained is parameter:
+            constrained = parameter.view_as(parameter)  # Pyro's subsampling writes attributes on the value
+        constrained.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+        return constrained
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # torch allows no dot in a parameter's name
+
+
+def _modules_of(*programs: Callable[..., Any]) -> list[nn.Module]:
+    owners = [getattr(p, "__self__", p) for p in programs]
+    return list(dict.fromkeys(o for o in owners if isinstance(o, nn.Module)))
+
+
+def as_pair(program: Program | Pair) -> Pair:
+    """The pair of a program: always the same one for the same object, so that its parameters persist.
+
+    Raises:
+        ValueError: ``program`` has no callable ``model`` and ``guide``.
+    """
+    if isinstance(program, Pair):
+        return program
+    model, guide = getattr(program, "model", None), getattr(program, "guide", None)
+    if not callable(model) or not callable(guide):
+        raise ValueError(
+            f"program: expected an object with a model and a guide, got {type(program).__name__}; "
+            "give Pair(model, guide) for two functions"
+        )
+    cached = program.__dict__.get("_ppl_vae_pair")
+    if cached is None:
+        cached = Pair(model, guide)
+        program.__dict__["_ppl_vae_pair"] = cached  # not setattr: a module would register it inside itself
+    pair: Pair = cached
+    return pair

@@ -1,0 +1,34 @@
+"""Random streams: everything random inside a call draws from one seeded stream and leaves the caller's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["seeded"]
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed torch's default generators for a block, then put them back as they were.
+
+    Pyro draws from the default generators, so they are forked rather than replaced.
+
+    Args:
+        seed: seed of the block; ``None`` goes on from the caller's stream, which the block still leaves alone.
+        device: where the block computes; the CPU generator is always included.
+
+    >>> with seeded(0):
+    ...     a = torch.rand(1)
+    >>> with seeded(0):
+    ...     print(bool(a == torch.rand(1)))
+    True
+    """
+    device = torch.device(device)
+    index = device.index if device.index is not None else 0
+    with torch.random.fork_rng(devices=[index] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

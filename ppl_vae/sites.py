@@ -1,0 +1,51 @@
+"""What Pyro's handlers record of one statement, read in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.poutine.util import prune_subsample_sites
+
+__all__ = ["Site", "base", "family", "hand_scale", "plate_shape", "statements"]
+
+Site = dict[str, Any]
+
+
+def statements(trace: Any) -> dict[str, Site]:
+    """The sample statements of a trace, in order, without subsampling and ``pyro.deterministic``."""
+    nodes = prune_subsample_sites(trace).nodes
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample" and not site["infer"].get("_deterministic")
+    }
+
+
+def family(site: Site) -> str:
+    """The name of a site's distribution, looking inside Independent, Masked and Expanded ones."""
+    return type(base(site["fn"])).__name__
+
+
+def base(fn: Any) -> Any:
+    """The innermost base distribution."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def plate_shape(site: Site) -> tuple[int, ...] | None:
+    """The shape that a site's plates give its log-density; None if no data plate (dim -1) is among them."""
+    sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
+    if -1 not in sizes:
+        return None
+    return tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
+
+
+def hand_scale(site: Site) -> Any:
+    """A site's scale less the N/B of its subsampling plates: what ``poutine.scale`` put on it."""
+    factor = 1.0
+    for frame in site["cond_indep_stack"]:
+        factor *= (frame.full_size or frame.size) / frame.size
+    scale = site["scale"] / factor
+    return scale if torch.is_tensor(scale) else (1.0 if abs(scale - 1.0) < 1e-9 else float(scale))
