@@ -48,7 +48,7 @@ def bounded(raw: Tensor, limit: float = LOG_SCALE_LIMIT) -> Tensor:
     density to +inf, some epochs into a run.
 
     >>> bounded(torch.tensor([-1e9, 0.0, 0.1, 1e9])).tolist()
-    [-7.0, 0.0, 0.09999319165945053, 7.0]
+    [-7.0, 0.0, 0.0999..., 7.0]
     """
     return limit * torch.tanh(raw / limit)
 
@@ -65,6 +65,9 @@ class Scale(nn.Module, ABC):
     @abstractmethod
     def forward(self, raw: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Split the net's output ``raw`` along ``dim`` into location and scale, broadcastable shapes."""
+
+    def start_from(self, deviation: float, bias: Tensor) -> None:
+        """Start at the data's standard deviation; ``bias`` is that of the net's output layer."""
 
 
 class FixedScale(Scale):
@@ -90,24 +93,30 @@ class LearnedScale(Scale):
     """One σ for all pixels and data, learned with the nets; its optimum is the root mean squared error.
 
     Args:
-        init: starting value.
+        init: starting value. Start at or below the data's standard deviation: above it, the KL outweighs what
+            the latents could explain, the guide collapses onto the prior, and stays there.
         limit: bound on |log σ|.
 
     Raises:
         ValueError: ``init`` outside the bounds.
     """
 
-    def __init__(self, init: float = 1.0, limit: float = LOG_SCALE_LIMIT) -> None:
+    def __init__(self, init: float = 0.2, limit: float = LOG_SCALE_LIMIT) -> None:
         super().__init__()
         if not math.exp(-limit) < init < math.exp(limit):
             raise ValueError(f"init must lie within exp(±{limit:g}), got {init}")
         self.limit = limit
-        self.raw = nn.Parameter(torch.tensor(limit * math.atanh(math.log(init) / limit)))
+        self.raw = nn.Parameter(torch.tensor(_unbounded(init, limit)))
 
     @property
     def value(self) -> Tensor:
         """The current σ, a scalar tensor."""
         return bounded(self.raw, self.limit).exp()
+
+    def start_from(self, deviation: float, bias: Tensor) -> None:
+        """Start at the data's standard deviation."""
+        with torch.no_grad():
+            self.raw.fill_(_unbounded(deviation, self.limit))
 
     def forward(self, raw: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Return ``(raw, σ)``."""
@@ -132,6 +141,17 @@ class NetScale(Scale):
             )
         loc, log_scale = raw.chunk(2, dim=dim)
         return loc, bounded(log_scale, self.limit).exp()
+
+    def start_from(self, deviation: float, bias: Tensor) -> None:
+        """Start all dimensions at the data's standard deviation."""
+        with torch.no_grad():
+            bias[len(bias) // 2 :] = _unbounded(deviation, self.limit)
+
+
+def _unbounded(scale: float, limit: float) -> float:
+    """The raw log-scale that `bounded` takes to log(scale), kept just inside the bounds."""
+    log_scale = min(max(math.log(max(scale, 1e-30)), -0.99 * limit), 0.99 * limit)
+    return limit * math.atanh(log_scale / limit)
 
 
 class Normal(Conditional):
@@ -160,7 +180,9 @@ class Normal(Conditional):
         return dist.Normal(loc, scale).to_event(self.event_dim)
 
     def start_from(self, x: Tensor) -> None:
-        """Start the location at the mean of ``x`` (N, d)."""
+        """Start at the best model without latents: the mean of ``x`` (N, d), and its standard deviation as σ."""
         bias = output_layer(self.net).bias
+        mean = x.mean(0)
         with torch.no_grad():
-            bias[: x[0].numel()] = x.mean(0).flatten().to(bias)
+            bias[: mean.numel()] = mean.flatten().to(bias)
+        self.scale.start_from(float((x - mean).square().mean().sqrt()), bias)

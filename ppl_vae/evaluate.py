@@ -70,9 +70,11 @@ class Estimate:
 
     def __str__(self) -> str:
         kind = {"lower": "lower bound", "upper": "upper bound", "unbiased": "unbiased"}[self.direction]
+        draws = self.monte_carlo_stderr
+        error = "" if math.isnan(draws) else f"; Monte Carlo s.e. {draws:.3f}"
         return (
             f"{self.name} = {self.mean:.3f} ± {self.mean_stderr:.3f} nats per datum "
-            f"({kind}; {len(self.value)} data; Monte Carlo s.e. {self.monte_carlo_stderr:.3f})"
+            f"({kind}; {len(self.value)} data{error})"
         )
 
 

@@ -27,8 +27,13 @@ def seeded(seed: int | None, device: torch.device | str = "cpu") -> Iterator[Non
     True
     """
     device = torch.device(device)
-    index = device.index if device.index is not None else 0
-    with torch.random.fork_rng(devices=[index] if device.type == "cuda" else []):
+    gpus: list[int] = []
+    if device.type == "cuda":
+        gpus = [torch.cuda.current_device() if device.index is None else device.index]
+    with torch.random.fork_rng(devices=gpus):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(seed)
         yield

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
 
-__all__ = ["Site", "base", "family", "hand_scale", "plate_shape", "statements"]
+__all__ = ["Site", "base", "family", "hand_scale", "mean_of", "plate_shape", "statements"]
 
 Site = dict[str, Any]
 
@@ -32,6 +33,16 @@ def base(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+def mean_of(site: Site) -> Tensor:
+    """The mean of a site's distribution; its value where the distribution has none, as a category has none."""
+    try:
+        mean: Tensor = site["fn"].mean
+    except NotImplementedError:
+        value: Tensor = site["value"].float()
+        return value
+    return torch.where(mean.isnan(), site["value"].float(), mean)
 
 
 def plate_shape(site: Site) -> tuple[int, ...] | None:

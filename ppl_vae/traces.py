@@ -21,7 +21,7 @@ from torch.distributions import kl_divergence
 
 from ppl_vae.layout import inspect
 from ppl_vae.pairs import Batch, Pair
-from ppl_vae.sites import Site, family, hand_scale, plate_shape, statements
+from ppl_vae.sites import Site, family, hand_scale, mean_of, plate_shape, statements
 
 __all__ = ["KL", "LogTerms", "guide_means", "log_terms", "predict", "run_pair"]
 
@@ -172,15 +172,13 @@ def _per_datum(site: Site, log_prob: Tensor, particles: int, keep_scales: bool) 
 
 
 class _Means(Messenger):  # type: ignore[misc]
-    """Take each latent at its mean, where its distribution has one, instead of drawing it."""
+    """Put each latent at its mean, where its distribution has one, instead of drawing it."""
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
             return
-        try:
-            msg["value"] = msg["fn"].mean
-        except NotImplementedError:
-            return  # drawn after all: a Markov kernel or a flow has no closed mean
+        msg["value"] = msg["fn"]()  # stays where there is no mean
+        msg["value"] = mean_of(msg)
         msg["done"] = True
 
 
@@ -194,13 +192,7 @@ def guide_means(pair: Pair, *batch: Tensor, particles: int = 1) -> dict[str, Ten
         Site name -> (B, *event).
     """
     guide = run_pair(pair, batch, particles)[1]
-    means = {}
-    for name, site in guide.items():
-        try:
-            means[name] = site["fn"].mean.mean(0)
-        except NotImplementedError:
-            means[name] = site["value"].float().mean(0)
-    return means
+    return {name: mean_of(site).mean(0) for name, site in guide.items()}
 
 
 @torch.no_grad()
@@ -232,12 +224,4 @@ def predict(
         sites = statements(poutine.trace(free).get_trace(*batch))
     observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
     drawn = {n: s["value"] for n, s in sites.items() if n not in observed}
-    return drawn, {n: s["value"] for n, s in observed.items()}, {n: _mean(s) for n, s in observed.items()}
-
-
-def _mean(site: Site) -> Tensor:
-    try:
-        mean: Tensor = site["fn"].mean
-    except NotImplementedError:
-        mean = site["value"]
-    return mean
+    return drawn, {n: s["value"] for n, s in observed.items()}, {n: mean_of(s) for n, s in observed.items()}

@@ -25,7 +25,7 @@ __all__ = ["NonFiniteError", "Run", "Update", "default_device", "fit"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
-adam: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3)
+adam: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3, fused=True)
 
 
 class NonFiniteError(FloatingPointError):
