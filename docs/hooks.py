@@ -26,7 +26,7 @@ def examples(folder: Path = EXAMPLES) -> list[Path]:
 
 
 def example_page(source: str, name: str) -> str:
-    """The Markdown page of one example: title and prose from its docstring, then the code.
+    """The Markdown page of one example: its docstring, the first line being the title, then the code.
 
     Args:
         source: Text of the script.
@@ -41,7 +41,7 @@ def example_page(source: str, name: str) -> str:
         raise ValueError(f"examples/{name} has no docstring, which is its page: open the file with one")
     title, _, prose = docstring.partition("\n")
     code = "\n".join(source.splitlines()[tree.body[0].end_lineno :]).strip("\n")
-    return f"# {title.rstrip('.')}\n{prose}\n\n`examples/{name}`\n\n````python\n{code}\n````\n"
+    return f"# {title.removeprefix('# ').rstrip('.')}\n{prose}\n\n`examples/{name}`\n\n````python\n{code}\n````\n"
 
 
 class _FenceDoctests(Preprocessor):

@@ -17,7 +17,7 @@ from ppl_vae.arviz_export import to_arviz
 from ppl_vae.batches import Data, Stream
 from ppl_vae.bounds import Bound
 from ppl_vae.checkpoint import Save, load_weights, save_weights
-from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, Scale
+from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, Scale, bounded
 from ppl_vae.config import Config, build
 from ppl_vae.data import Images, digits, fashion_mnist, from_path, mnist, redraw, threshold
 from ppl_vae.estimators import Estimator, pathwise
@@ -64,6 +64,7 @@ __all__ = [
     "Scale",
     "StandardNormal",
     "as_pair",
+    "bounded",
     "conditional_normal",
     "mean_field",
     # data

@@ -24,8 +24,9 @@ class Data:
     """Columns of equal length held in memory, such as images x (N, D) and labels y (N,).
 
     Args:
-        *columns: tensors or arrays with the same first dimension N. float64 and bool become float32; a first
-            column of uint8 holds pixels, kept small in memory and presented as x / 255.
+        *columns: tensors or arrays with the same first dimension N. Where a pair takes them, floating-point
+            columns get the precision of its parameters. A first column of uint8 holds pixels, kept small in
+            memory and presented as x / 255; bool becomes 0 and 1.
         transform: applied to the first column of each batch whenever it is presented, for instance
             `ppl_vae.redraw`, which draws binary pixels anew.
 
@@ -59,15 +60,14 @@ class Data:
         """Some of the rows, under the same transform."""
         return Data(*(c[rows] for c in self.columns), transform=self.transform)
 
-    def to(self, device: torch.device | str) -> Data:
-        """The same data on a device; nothing is copied if they are there already."""
-        return Data(*(c.to(device) for c in self.columns), transform=self.transform)
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Data:
+        """The same data on a device and in a floating precision; what is so already is not copied."""
+        return Data(*(_placed(c, device, dtype) for c in self.columns), transform=self.transform)
 
     def present(self, rows: slice | Tensor) -> Batch:
         """A batch of some rows as the model sees it, transformed."""
         first, *rest = (c[rows] for c in self.columns)
-        if first.dtype == torch.uint8:
-            first = first.float() / 255.0
+        first = _pixels(first)
         return (first if self.transform is None else self.transform(first), *rest)
 
     def batches(self, size: int, *, order: Tensor | None = None) -> Iterator[Batch]:
@@ -87,7 +87,8 @@ class Stream:
     """Batches from an iterable: a DataLoader, a list of batches, anything that can be iterated again.
 
     Args:
-        source: the iterable; each item is a tensor, an array, or a tuple or list of them.
+        source: the iterable; each item is a tensor, an array, or a tuple or list of them, treated as columns of
+            `Data` are.
         shuffled: another order of the same data, for training; by default the source itself.
         device: where batches are moved as they come.
 
@@ -107,15 +108,16 @@ class Stream:
                 "(a DataLoader, a list, or an object whose __iter__ starts anew)"
             )
         self.source, self.shuffled, self.device = source, shuffled, device
+        self.dtype: torch.dtype | None = None
         self.width: int | None = None  # how many of a batch's tensors to pass on
 
     def __repr__(self) -> str:
         return f"Stream({type(self.source).__name__})"
 
-    def to(self, device: torch.device | str) -> Stream:
-        """The same stream, its batches moved to a device as they come."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Stream:
+        """The same stream, its batches moved to a device and a floating precision as they come."""
         stream = Stream(self.source, self.shuffled, device)
-        stream.width = self.width
+        stream.dtype, stream.width = dtype or self.dtype, self.width
         return stream
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
@@ -132,8 +134,8 @@ class Stream:
         empty = True
         for item in source:
             empty = False
-            batch = _as_batch(item)[: self.width]
-            yield tuple(t.to(self.device, non_blocking=True) for t in batch)
+            first, *rest = (_placed(t, self.device, self.dtype) for t in _as_batch(item)[: self.width])
+            yield (_pixels(first), *rest)
         if empty:
             raise ValueError("data: the iterable gave no batch; at least one is needed")
 
@@ -183,12 +185,16 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if device is None:
         device = next((p.device for p in pair.parameters()), torch.device("cpu"))
-    source, width = as_data(data, batch_size).to(device), _arity(pair)
+    dtype = next((p.dtype for p in pair.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    source, (least, most) = as_data(data, batch_size).to(device, dtype), _arity(pair)
     if isinstance(source, Stream):
-        source.width = width
-        inspect(pair, next(source.batches()))
+        source.width = most
+        first = next(source.batches())
+        _check_count(len(first), least)
+        inspect(pair, first)
         return source
-    source = Data(*source.columns[:width], transform=source.transform)
+    _check_count(len(source.columns), least)
+    source = Data(*source.columns[:most], transform=source.transform)
     for i, column in enumerate(source.columns):
         check_finite(column, f"data column {i}")
     own_check(pair, source.columns)
@@ -198,21 +204,30 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
     for site, (position, family, support) in layout.observed.items():
         if position is not None and support is not None and not (position == 0 and source.transform):
             column = source.columns[position]
-            if column.dtype == torch.uint8 and position == 0:
-                column = column / 255.0  # as it is presented
+            column = _pixels(column) if position == 0 else column
             check_values(site, column, family, support)
     return source
 
 
-def _arity(pair: Pair) -> int | None:
-    """How many tensors the model takes; None for any number."""
+def _arity(pair: Pair) -> tuple[int, int | None]:
+    """How many tensors the model must and can take; None for any number."""
     model = pair.raw_model
-    kinds = [
-        p.kind for p in signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
-    ]
-    if Parameter.VAR_POSITIONAL in kinds:
-        return None
-    return sum(k in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)
+    takes = signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
+    named = [p for p in takes if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    least = sum(p.default is Parameter.empty for p in named)
+    return least, None if any(p.kind is Parameter.VAR_POSITIONAL for p in takes) else len(named)
+
+
+def _check_count(count: int, least: int) -> None:
+    if count < least:
+        raise ValueError(
+            f"data: the model takes {least} tensors, got {count}; give x and its conditions as a tuple of columns"
+        )
+
+
+def _pixels(first: Tensor) -> Tensor:
+    """The first tensor of a batch as it is presented: bytes as x / 255."""
+    return first.float() / 255.0 if first.dtype == torch.uint8 else first
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -220,14 +235,25 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def _as_tensor(column: Any, name: str) -> Tensor:
-    if isinstance(column, np.ndarray) and column.dtype == object:
-        raise ValueError(f"{name}: an array of objects cannot become a tensor")
     if not isinstance(column, Tensor | np.ndarray):
         raise ValueError(f"{name}: expected a tensor or an array, got {type(column).__name__}")
-    tensor = torch.as_tensor(column)
-    return tensor.float() if tensor.dtype in (torch.float64, torch.bool) else tensor
+    if isinstance(column, np.ndarray):
+        column = np.require(column, requirements=["C", "W"])  # torch takes neither flipped nor read-only ones
+    try:
+        tensor = torch.as_tensor(column)
+    except TypeError as error:
+        raise ValueError(f"{name}: an array of {column.dtype} cannot become a tensor") from error
+    return tensor.float() if tensor.dtype == torch.bool else tensor
+
+
+def _placed(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+    """On a device; in a precision, if it is a floating-point tensor."""
+    onto_gpu = torch.device(device).type == "cuda"  # only that way is an unfinished copy waited for
+    return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=onto_gpu)
 
 
 def _as_batch(item: Any) -> Batch:
     parts = item if isinstance(item, tuple | list) else (item,)
+    if not parts:
+        raise ValueError("data: a batch holds no tensors")
     return tuple(_as_tensor(part, f"batch item {i}") for i, part in enumerate(parts))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from ppl_vae.files import PathLike, write_whole
+from ppl_vae.files import PathLike, require_folder, write_whole
 from ppl_vae.hooks import Hook
 from ppl_vae.pairs import Pair, Program, as_pair
 from ppl_vae.train import Run
@@ -24,7 +24,8 @@ def save_weights(program: Program | Pair, path: PathLike) -> Path:
     state = {
         name: value.detach().cpu().contiguous().clone() for name, value in as_pair(program).state_dict().items()
     }
-    return write_whole(path, lambda file: save_file(state, file))
+    packed = save(state)  # not save_file, whose files only their owner can read
+    return write_whole(path, lambda file: file.write_bytes(packed))
 
 
 def load_weights(program: Program | Pair, path: PathLike) -> None:
@@ -41,16 +42,18 @@ def load_weights(program: Program | Pair, path: PathLike) -> None:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: {path} is damaged, or no safetensors file ({error})") from error
-    if pair.layout is None:
-        pair.expect(state)  # bare pyro.param statements have not run yet
     own = {name: value.shape for name, value in pair.state_dict().items()}
-    for name in sorted(own.keys() | state.keys()):
+    # Bare pyro.param statements that have not run yet take their values when they do.
+    later = {name for name in state if name.startswith("params.")} if pair.layout is None else set()
+    for name in sorted(own.keys() | state.keys() - later):
         if name not in own or name not in state or own[name] != state[name].shape:
             found = f"shape {tuple(state[name].shape)}" if name in state else "nothing"
             wanted = f"shape {tuple(own[name])}" if name in own else "nothing"
             raise ValueError(
                 f"path: {path} holds another program's weights: {name} has {found}, expected {wanted}"
             )
+    pair.expected.clear()
+    pair.expect(state)
     pair.load_state_dict(state)
 
 
@@ -60,11 +63,16 @@ class Save(Hook):
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
 
+    def on_start(self, run: Run) -> None:
+        """Make sure, before any work is done, that there is a folder to write to."""
+        require_folder(self.path)
+
     def on_epoch(self, run: Run) -> None:
         """Write, if these are the weights to keep."""
         if not run.validated or run.best_epoch == run.epoch:
             save_weights(run.pair, self.path)
 
     def on_end(self, run: Run) -> None:
-        """Write what the pair ends with: best, latest, or last good."""
-        save_weights(run.pair, self.path)
+        """Write what the pair ends with: best, latest, or last good; nothing if no step was taken."""
+        if run.step:
+            save_weights(run.pair, self.path)

@@ -14,7 +14,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from ppl_vae.nets import output_layer
+from ppl_vae.nets import output_bias
 
 __all__ = ["Conditional", "FixedScale", "LearnedScale", "NetScale", "Normal", "Scale", "bounded"]
 
@@ -181,8 +181,8 @@ class Normal(Conditional):
 
     def start_from(self, x: Tensor) -> None:
         """Start at the best model without latents: the mean of ``x`` (N, d), and its standard deviation as σ."""
-        bias = output_layer(self.net).bias
         mean = x.mean(0)
+        bias = output_bias(self.net, self.scale.channels * mean.numel())
         with torch.no_grad():
             bias[: mean.numel()] = mean.flatten().to(bias)
         self.scale.start_from(float((x - mean).square().mean().sqrt()), bias)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from ppl_vae.nets import MLP, Concat, OneHot
 from ppl_vae.objectives import ELBO, IWAE, Objective
 from ppl_vae.posteriors import mean_field
 from ppl_vae.priors import StandardNormal, conditional_normal
+from ppl_vae.traces import KL
 
 __all__ = ["Config", "build", "images_of", "objective_of", "presented"]
 
@@ -52,8 +56,9 @@ SCHEDULES: dict[str, Callable[..., Any] | None] = {
     "cosine": torch.optim.lr_scheduler.CosineAnnealingLR,
 }
 SCALES: dict[str, Callable[[], Scale]] = {"learned": LearnedScale, "per-pixel": NetScale}
+KLS: dict[str, KL] = {"sampled": "sampled", "analytic": "analytic", "auto": "auto"}
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
-    "elbo": lambda c: ELBO(c.particles, kl=c.kl, beta=c.beta),  # type: ignore[arg-type]
+    "elbo": lambda c: ELBO(c.particles, kl=KLS[c.kl], beta=c.beta),
     "iwae": lambda c: IWAE(c.particles),
 }
 LIKELIHOODS: dict[str, Callable[[Config, Callable[[int], nn.Module], int], Conditional]] = {
@@ -66,93 +71,107 @@ MODELS: dict[str, Callable[[Config, int, int], nn.Module]] = {
 }
 
 
-def _choice(default: str, table: Mapping[str, Any], text: str) -> Any:
-    return field(default=default, metadata={"help": text, "choices": table})
+def _setting(group: str, default: Any, text: str, **limits: Any) -> Any:
+    """A field with what the command line shows: ``choices`` (a table), ``least`` or ``above`` (a number)."""
+    return field(default=default, metadata={"group": group, "help": text, **limits})
 
 
-def _value(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+_data, _model, _objective = (partial(_setting, group) for group in ("data", "model", "objective"))
+_training = partial(_setting, "training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run. Unknown names and impossible values raise ValueError when it is made.
+    """Everything that decides a run, checked when it is made; equal settings on one machine give equal numbers.
+
+    Raises:
+        ValueError: a value of the wrong type, outside its range or choices, or at odds with another.
 
     >>> Config(latent=8, likelihood="bernoulli", binarise="redraw").latent
     8
     """
 
-    data: str = _value("digits", "digits, mnist, fashion-mnist, or a path: npz, npy or a folder of images")
-    data_dir: str | None = _value(None, "folder with the files of mnist or fashion-mnist")
-    limit: int | None = _value(None, "use the first rows of each split only")
-    binarise: str = _choice("none", BINARISE, "pixels: as they are, cut at one half, or redrawn when presented")
-    model: str = _choice("vae", MODELS, "the program; cvae is conditioned on the label")
-    latent: int = _value(2, "dimensions of z")
-    hidden: tuple[int, ...] = _value((128, 64), "widths of the encoder's hidden layers; the decoder's reversed")
-    activation: str = _choice("relu", ACTIVATIONS, "between the layers")
-    likelihood: str = _choice("normal", LIKELIHOODS, "of a pixel given z")
-    scale: str = _value("learned", "of the normal likelihood: learned, per-pixel, or a number (fixed)")
-    objective: str = _choice("elbo", OBJECTIVES, "the bound to maximise")
-    particles: int = _value(1, "draws per datum in the objective")
-    kl: str = _choice("analytic", dict.fromkeys(("sampled", "analytic", "auto")), "how the elbo takes the KL")
-    beta: float = _value(1.0, "weight of the KL in the elbo")
-    warm_up: int = _value(0, "steps in which the KL's weight rises from 0 to beta")
-    epochs: int = _value(100, "passes over the training data")
-    batch_size: int = _value(64, "rows per step")
-    optimizer: str = _choice("adam", OPTIMIZERS, "torch's optimizer")
-    learning_rate: float = _value(1e-3, "its learning rate")
-    schedule: str = _choice("constant", SCHEDULES, "of the learning rate over the epochs")
-    clip_norm: float | None = _value(None, "largest norm of the gradient")
-    patience: int | None = _value(None, "stop after this many epochs without a rise of the validation bound")
-    seed: int = _value(0, "fixes initial weights, order of the data, and every draw")
-    device: str | None = _value(None, "cpu, cuda, cuda:1 ...; CUDA when present by default")
-    film: bool = _value(True, "make a film of the training")
+    data: str = _data("digits", "digits, mnist, fashion-mnist, or a path: .npz, .npy or a folder of pictures")
+    data_dir: str | None = _data(
+        None, "folder with the files of mnist or fashion-mnist; by default they are fetched"
+    )
+    limit: int | None = _data(None, "use only the first rows of each split; by default all", least=1)
+    binarise: str = _data("none", "pixels as they are, cut at one half, or redrawn when shown", choices=BINARISE)
+
+    model: str = _model("vae", "the program; a cvae is conditioned on the label", choices=MODELS)
+    latent: int = _model(2, "dimensions of z", least=1)
+    hidden: tuple[int, ...] = _model(
+        (128, 64), "widths of the encoder's layers; the decoder has them reversed", least=1
+    )
+    activation: str = _model("relu", "between the layers", choices=ACTIVATIONS)
+    likelihood: str = _model("normal", "of the pixels given z; bernoulli takes 0 and 1 only", choices=LIKELIHOODS)
+    scale: str = _model("learned", "σ of the normal likelihood: learned, per-pixel (by the decoder), or a number")
+
+    objective: str = _objective("elbo", "the bound to maximise", choices=OBJECTIVES)
+    particles: int = _objective(1, "draws of z for each datum and step", least=1)
+    kl: str = _objective(
+        "analytic", "the elbo's KL: by draws, in closed form, or closed where it can be", choices=KLS
+    )
+    beta: float = _objective(1.0, "weight of the elbo's KL", least=0)
+    warm_up: int = _objective(0, "steps in which that weight rises from 0", least=0)
+
+    epochs: int = _training(100, "passes over the training data", least=1)
+    batch_size: int = _training(64, "rows per step", least=1)
+    optimizer: str = _training("adam", "of torch", choices=OPTIMIZERS)
+    learning_rate: float = _training(1e-3, "its learning rate", above=0)
+    schedule: str = _training(
+        "constant", "of the learning rate; cosine falls to 0 by the last epoch", choices=SCHEDULES
+    )
+    clip_norm: float | None = _training(None, "largest norm of a gradient; by default none", above=0)
+    patience: int | None = _training(
+        None, "stop after so many epochs without a rise of the validation bound; by default never", least=1
+    )
+    seed: int = _training(0, "fixes initial weights, the order of the data and every draw", least=0)
+    device: str | None = _training(None, "cpu, cuda, cuda:1, ...; by default CUDA when present")
+    film: bool = _training(True, "make a film of the training")
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if choices is not None and value not in choices:
-                raise ValueError(f"{f.name}: unknown choice {value!r}{_nearest(value, choices)}")
-        for name in ("latent", "particles", "epochs", "batch_size", "limit", "patience"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must be one or more positive widths, got {self.hidden}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.warm_up < 0:
-            raise ValueError(f"warm_up must not be negative, got {self.warm_up}")
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        if not self.data:
+            raise ValueError("data must name a data set, a file or a folder, got nothing")
         if (self.beta != 1 or self.warm_up) and self.objective != "elbo":
             raise ValueError("beta and warm_up weigh the KL of the elbo; the other bounds have none to weigh")
+        if self.scale != "learned" and self.likelihood != "normal":
+            raise ValueError(f"scale is the σ of the normal likelihood; {self.likelihood} has none")
         _scale(self)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "config") -> Config:
-        """A config from plain values; raises ValueError for unknown keys and wrong types, naming them."""
-        known = {f.name: f for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ValueError(f"{source}: unknown key {name!r}{_nearest(name, known)}")
-        return cls(**{name: _typed(source, known[name], value) for name, value in values.items()})
+        """A config from plain values.
+
+        Raises:
+            ValueError: unknown keys (the nearest known one is named), wrong types or values; ``source`` stands
+                first in the message.
+        """
+        _check_each(values, source)
+        return cls(**values)
 
     @classmethod
     def from_file(cls, path: PathLike, **overrides: Any) -> Config:
-        """A config from a TOML or JSON file, with some values replaced.
+        """A config from a TOML file, or a JSON file by its suffix, with some values replaced.
 
         Raises:
-            ValueError: no such file, not readable as TOML or JSON, unknown keys, wrong types.
+            ValueError: no such file, not readable as TOML or JSON, unknown keys, wrong types or values.
         """
         path = Path(path)
+        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
         try:
             text = path.read_text(encoding="utf-8")
-            values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+            values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
         except OSError as error:
             raise ValueError(f"config: cannot read {path} ({error.strerror})") from error
         except ValueError as error:
-            raise ValueError(f"config: {path} is no valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from error
+            raise ValueError(f"config: {path} is no valid {kind}: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"config: {path} must hold keys and values, got a {type(values).__name__}")
-        return cls.from_mapping({**values, **overrides}, str(path))
+        _check_each(values, str(path))
+        return cls.from_mapping({**values, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -162,7 +181,7 @@ class Config:
 def images_of(config: Config) -> Images:
     """Load the data that a config names."""
     loader = DATA.get(config.data)
-    if loader is None and not Path(config.data).exists():
+    if loader is None and not Path(config.data).expanduser().exists():
         raise ValueError(f"data: no such file, and no known name: {config.data!r}{_nearest(config.data, DATA)}")
     images = from_path(config.data) if loader is None else loader(config.data_dir)
     return images if config.limit is None else subset(images, config.limit)
@@ -243,17 +262,63 @@ def _nearest(name: object, known: Mapping[str, Any]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
-def _typed(source: str, f: Any, value: Any) -> Any:
-    """Check a plain value against a field's type; numbers may stand for floats and for the scale."""
-    kind = f.type.removesuffix(" | None")
+def _check_each(values: Mapping[str, Any], source: str) -> None:
+    """Check names and, one by one, values; what they must be together is checked when a `Config` is made."""
+    known = {f.name: f for f in fields(Config)}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{source}: unknown key {name!r}{_nearest(name, known)}")
+        try:
+            _checked(known[name], value)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+
+def _checked(f: Field[Any], value: Any) -> Any:
+    """A value as its field's type; raises ValueError where it is of another, or outside its range or choices."""
+    kind = str(f.type).removesuffix(" | None")
     if value is None and kind != f.type:
         return None
-    if kind == "tuple[int, ...]" and isinstance(value, list | tuple) and all(type(v) is int for v in value):
-        return tuple(value)
-    if kind == "float" and type(value) in (int, float):
-        return float(value)
-    if kind == "str" and type(value) in (int, float) and f.name == "scale":
-        return str(value)
-    if type(value).__name__ != kind:
-        raise ValueError(f"{source}: {f.name} must be {f.type}, got {value!r}")
-    return value
+    if f.name == "scale" and type(value) in (int, float):
+        value = str(value)
+    name, convert = TYPES[kind]
+    if (converted := convert(value)) is None:
+        raise ValueError(f"{f.name} must be {name}, got {value!r}")
+    choices = f.metadata.get("choices")
+    if choices is not None and converted not in choices:
+        raise ValueError(f"{f.name}: unknown choice {value!r}{_nearest(value, choices)}")
+    for number in converted if isinstance(converted, tuple) else (converted,):
+        if isinstance(number, int | float) and (limit := _missed(number, **f.metadata)):
+            raise ValueError(f"{f.name} must be {limit}, got {value}")
+    return converted
+
+
+def _missed(number: float, least: float = -math.inf, above: float = -math.inf, **_: Any) -> str:
+    """The limit that a number does not keep, in words."""
+    if number < least:
+        return f"at least {least}"
+    if number <= above:
+        return f"above {above}"
+    return "" if number < 2**63 else "finite" if isinstance(number, float) else "below 2**63"  # NaN is not below
+
+
+def _whole(value: Any) -> int | None:
+    return None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
+
+
+def _real(value: Any) -> float | None:
+    return None if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+
+
+def _wholes(value: Any) -> tuple[int, ...] | None:
+    numbers = [_whole(v) for v in value] if isinstance(value, list | tuple) else []
+    return tuple(n for n in numbers if n is not None) if numbers and None not in numbers else None
+
+
+TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "str": ("text", lambda value: os.fspath(value) if isinstance(value, str | os.PathLike) else None),
+    "bool": ("true or false", lambda value: value if isinstance(value, bool) else None),
+    "int": ("a whole number", _whole),
+    "float": ("a number", _real),
+    "tuple[int, ...]": ("a list of one or more whole numbers", _wholes),
+}

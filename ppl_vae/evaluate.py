@@ -18,7 +18,7 @@ from torch import Tensor
 from ppl_vae.batches import prepare
 from ppl_vae.pairs import Batch, Pair, Program, as_pair
 from ppl_vae.rng import seeded
-from ppl_vae.traces import KL, guide_means, log_terms, predict
+from ppl_vae.traces import KL, LogTerms, guide_means, log_terms, predict
 
 __all__ = [
     "ActiveUnits",
@@ -125,15 +125,21 @@ def _streamed_sums(pair: Pair, batch: Batch, particles: int, chunk: int) -> tupl
     """Log Σ w and log Σ w² over exactly ``particles`` draws, each (B,) in float64."""
     first = second = torch.full((len(batch[0]),), -math.inf, dtype=torch.float64, device=batch[0].device)
     for start in range(0, particles, chunk):
-        weight = log_terms(pair, *batch, particles=min(chunk, particles - start)).weight().double()
-        if weight.shape[1] != len(first):
-            raise ValueError(
-                f"program: {weight.shape[1]} rows in its data plate for a batch of {len(first)}; "
-                "to judge each datum, the plate must hold the whole batch"
-            )
+        weight = _judged(log_terms(pair, *batch, particles=min(chunk, particles - start)), batch)
         first = torch.logaddexp(first, weight.logsumexp(0))
         second = torch.logaddexp(second, (2 * weight).logsumexp(0))
     return first, second
+
+
+def _judged(terms: LogTerms, batch: Batch) -> Tensor:
+    """Log weights (K, B) in float64, one column for each datum of the batch."""
+    weight = terms.weight().double()
+    if weight.shape[1] != len(batch[0]):
+        raise ValueError(
+            f"program: {weight.shape[1]} rows in its data plate for a batch of {len(batch[0])}; "
+            "to judge each datum, the plate must hold the whole batch"
+        )
+    return weight
 
 
 def _delta_stderr(ess: Tensor, particles: int) -> Tensor:
@@ -175,7 +181,7 @@ def elbo(
     with _judging(program, seed) as pair:
         for batch in prepare(pair, data, batch_size).batches(batch_size):
             terms = log_terms(pair, *batch, particles=particles, kl=kl)
-            weight = terms.weight().double()
+            weight = _judged(terms, batch)
             spread = weight.std(0) if particles > 1 else torch.full_like(weight[0], math.nan)
             columns.append(
                 (weight.mean(0), spread / math.sqrt(particles), terms.rate.mean(0), -terms.likelihood.mean(0))
@@ -310,7 +316,7 @@ def decode(
         Means (B, *event).
 
     Raises:
-        ValueError: no latents, or of different lengths; no way to know the shapes.
+        ValueError: no latents, unknown ones, or of different lengths; no way to know the shapes.
     """
     sizes = {len(z) for z in latents.values()}
     if len(sizes) != 1:
@@ -318,7 +324,10 @@ def decode(
     with _judging(program, 0) as pair:
         given = dict(zip(latents, _placed(pair, tuple(latents.values())), strict=True))
         batch = _template(pair, sizes.pop(), context, like)
-        return _only(predict(pair, *batch, latents=given)[2], site)[0]
+        drawn, _, means = predict(pair, *batch, latents=given)
+    if unknown := set(given) - set(drawn):
+        raise ValueError(f"latents: the model has no latent {min(unknown)!r}, but {sorted(drawn)}")
+    return _only(means, site)[0]
 
 
 def _template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batch:
@@ -337,14 +346,15 @@ def _template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batc
 def _judging(program: Program | Pair, seed: int) -> Iterator[Pair]:
     """A pair in evaluation mode, under one seeded stream; its mode is put back afterwards."""
     pair = as_pair(program)
-    training = pair.training
+    modes = [(module, module.training) for module in pair.modules()]
     device = next((p.device for p in pair.parameters()), torch.device("cpu"))
     pair.eval()
     try:
         with seeded(seed, device):
             yield pair
     finally:
-        pair.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _placed(pair: Pair, batch: Batch) -> Batch:

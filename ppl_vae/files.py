@@ -6,9 +6,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["PathLike", "write_whole"]
+__all__ = ["PathLike", "require_folder", "write_whole"]
 
 PathLike = str | os.PathLike[str]
+
+
+def require_folder(path: PathLike) -> None:
+    """Raise ValueError unless the folder of ``path`` exists: for those who write only after long work."""
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"path: cannot write {path} (there is no folder {Path(path).parent})")
 
 
 def write_whole(path: PathLike, write: Callable[[Path], object]) -> Path:

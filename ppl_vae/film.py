@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from ppl_vae.evaluate import reconstruct, sample
-from ppl_vae.files import PathLike
+from ppl_vae.files import PathLike, require_folder
 from ppl_vae.hooks import Hook
 from ppl_vae.plots import film_frame, write_gif
+from ppl_vae.plots.common import number
 from ppl_vae.train import Run
 
 __all__ = ["Film"]
@@ -30,7 +31,7 @@ class Film(Hook):
         draws: how many prior draws; with a condition, as many as inputs, with their conditions.
 
     Raises:
-        ValueError: fewer than one frame or draw.
+        ValueError: fewer than one frame or draw; when training starts, no folder to write to.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Film(Hook):
 
     def on_start(self, run: Run) -> None:
         """Choose the epochs to show, and show the untrained pair."""
+        require_folder(self.path)
         count = min(self.frames, run.epochs)
         self.epochs = {round(e) for e in np.geomspace(1, run.epochs, count)} | {run.epochs}
         self.pictures = []
@@ -55,7 +57,7 @@ class Film(Hook):
         if run.epoch in self.epochs or run.stopping:
             row = run.history[-1]
             bound = row["train"] if np.isnan(row["valid"]) else row["valid"]
-            self.take(run, f"epoch {run.epoch}: {bound:.2f} nats per datum")
+            self.take(run, f"epoch {run.epoch}: {number(bound, '.2f')} nats per datum")
 
     def take(self, run: Run, caption: str) -> None:
         """Add a frame of the pair as it is."""
@@ -72,6 +74,8 @@ class Film(Hook):
         )
 
     def on_end(self, run: Run) -> None:
-        """Write the film, also of a run that ended early."""
+        """Write the film, also of a run that ended early; it closes with the weights that are kept."""
+        if run.best_epoch not in (None, run.epoch):
+            self.take(run, f"kept, epoch {run.best_epoch}: {number(run.best, '.2f')} nats per datum")
         if self.pictures:
             write_gif(self.pictures, self.path)

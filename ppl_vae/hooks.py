@@ -20,7 +20,7 @@ __all__ = ["Anneal", "EarlyStop", "Hook", "LogCSV", "LogTensorBoard", "Progress"
 
 
 class Hook:
-    """Called at four moments of a run; every method does nothing until overridden."""
+    """Called at five moments of a run; every method does nothing until overridden."""
 
     def on_start(self, run: Run) -> None:
         """Before the first step."""
@@ -143,16 +143,18 @@ class LogCSV(Hook):
         self.path = Path(path)
 
     def on_start(self, run: Run) -> None:
-        """Start the file anew."""
-        self.path.unlink(missing_ok=True)
+        """Start the file anew; it stays empty until an epoch is done."""
+        try:
+            self.path.write_text("")
+        except OSError as error:
+            raise ValueError(f"path: cannot write {self.path} ({error.strerror})") from error
 
     def on_epoch(self, run: Run) -> None:
         """Append the epoch's row."""
         row = run.history[-1]
-        new = not self.path.exists()
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(row))
-            if new:
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
 

@@ -27,6 +27,7 @@ class Layout:
         latents: names of the latent sites, in the guide's order.
         observed: observed site -> (position of its tensor in the batch or None, family, support or None).
         score_only: latent sites without a reparameterised sampler.
+        enumerated: latent sites that the model enumerates and the guide leaves out, as TraceEnum_ELBO allows.
         outside: sites outside the data plate; with any, there is no bound per datum.
         population: how many data the data plate stands for, where that is not the batch's length.
     """
@@ -35,6 +36,7 @@ class Layout:
     latents: tuple[str, ...]
     observed: dict[str, tuple[int | None, str, Any]]
     score_only: tuple[str, ...]
+    enumerated: tuple[str, ...]
     outside: tuple[str, ...]
     population: int | None
 
@@ -58,7 +60,7 @@ def inspect(pair: Pair, batch: Batch) -> Layout:
     model, guide = _run(pair, batch)
     if pair.expected:
         raise ValueError(f"the loaded weights are another program's: it has no {min(pair.expected)!r}")
-    _match(model, guide)
+    enumerated = _match(model, guide)
     sites = [*model.values(), *guide.values()]
     dims = [f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
     frame = next((f for s in sites for f in s["cond_indep_stack"] if f.dim == -1), None)
@@ -68,6 +70,7 @@ def inspect(pair: Pair, batch: Batch) -> Layout:
         latents=tuple(guide),
         observed={n: _observation(s, batch) for n, s in model.items() if s["is_observed"]},
         score_only=tuple(n for n, s in guide.items() if not s["fn"].has_rsample),
+        enumerated=enumerated,
         outside=tuple(dict.fromkeys(s["name"] for s in sites if plate_shape(s) is None)),
         population=full if full != len(batch[0]) else None,
     )
@@ -88,16 +91,18 @@ def _run(pair: Pair, batch: Batch) -> tuple[dict[str, Site], dict[str, Site]]:
     return statements(model), statements(guide)
 
 
-def _match(model: dict[str, Site], guide: dict[str, Site]) -> None:
-    """Raise ValueError unless the guide draws exactly the model's latents."""
+def _match(model: dict[str, Site], guide: dict[str, Site]) -> tuple[str, ...]:
+    """Raise ValueError unless the guide draws the model's latents; return those left out to be enumerated."""
     latents = {n for n, s in model.items() if not s["is_observed"]}
     extra = {n for n, s in guide.items() if not s["infer"].get("is_auxiliary")} - latents
     if seen := [n for n, s in guide.items() if s["is_observed"]]:
         raise ValueError(f"site {seen[0]!r}: the guide observes it; a guide only draws latents")
-    if missing := latents - set(guide):
+    enumerated = {n for n in latents - set(guide) if model[n]["infer"].get("enumerate")}
+    if missing := latents - set(guide) - enumerated:
         raise ValueError(f"site {min(missing)!r}: a latent of the model that the guide does not draw")
     if extra:
         raise ValueError(f"site {min(extra)!r}: drawn by the guide, but no latent of the model")
+    return tuple(sorted(enumerated))
 
 
 def _observation(site: Site, batch: Batch) -> tuple[int | None, str, Any]:
@@ -114,7 +119,8 @@ def _observation(site: Site, batch: Batch) -> tuple[int | None, str, Any]:
     check_values(site["name"], value, family, support)
     position = next((i for i, t in enumerate(batch) if t is value), None)
     # A support that depends on parameters speaks of this batch alone.
-    static = isinstance(getattr(type(fn), "support", None), constraints.Constraint)
+    declared = getattr(type(fn), "support", None)
+    static = isinstance(declared, constraints.Constraint) and not isinstance(declared, property)
     return position, family, support if static else None
 
 

@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.conditionals import Conditional
-from ppl_vae.nets import output_layer
+from ppl_vae.nets import output_bias
 
 __all__ = ["Bernoulli"]
 
@@ -39,6 +39,7 @@ class Bernoulli(Conditional):
 
     def start_from(self, x: Tensor) -> None:
         """Start the logits at those of the mean of ``x`` (N, d), clipped to [.001, .999] (Burda et al. 2016)."""
-        bias = output_layer(self.net).bias
+        mean = x.mean(0).flatten()
+        bias = output_bias(self.net, mean.numel())
         with torch.no_grad():
-            bias.copy_(torch.logit(x.mean(0).flatten().to(bias), eps=1e-3))
+            bias.copy_(torch.logit(mean.to(bias), eps=1e-3))

@@ -12,14 +12,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Concat", "OneHot", "output_layer"]
+__all__ = ["MLP", "Concat", "OneHot", "output_bias"]
 
 
 class MLP(nn.Sequential):
     """A multilayer perceptron ``(..., sizes[0]) -> (..., sizes[-1])`` with a linear last layer.
 
-    Weights start Glorot-uniform and biases at zero (Glorot & Bengio 2010, eq. 16), as in the
-    importance-weighted autoencoder's protocol (Burda et al. 2016).
+    Weights and biases start as ``torch.nn.Linear`` starts them.
 
     Args:
         *sizes: widths of all layers, input and output included; at least two.
@@ -38,8 +37,6 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             linear = nn.Linear(fan_in, fan_out)
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
             layers += [activation(), linear] if i else [linear]
         super().__init__(*layers)
 
@@ -91,8 +88,8 @@ class Concat(nn.Module):
 
     def __init__(self, net: nn.Module, *embeddings: nn.Module | None) -> None:
         super().__init__()
-        self.net = net
         self.embeddings = nn.ModuleList(nn.Identity() if e is None else e for e in embeddings)
+        self.net = net  # registered last: it holds the output layer
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Map inputs with last dimensions ``(i1, i2, ...)`` to the net of their concatenation."""
@@ -104,13 +101,22 @@ class Concat(nn.Module):
         return joined
 
 
-def output_layer(net: nn.Module) -> nn.Linear:
-    """The last linear layer of ``net``: where a likelihood puts the data's mean before training.
+def output_bias(net: nn.Module, size: int) -> nn.Parameter:
+    """The bias of the last linear layer of ``net``: where a likelihood puts the data's mean before training.
+
+    Args:
+        net: module that registers its output layer last.
+        size: how many numbers the net gives for one datum.
 
     Raises:
-        ValueError: the net has no linear layer with a bias.
+        ValueError: the net has no linear layer with a bias, or the last one does not give ``size`` numbers.
     """
-    layers = [m for m in net.modules() if isinstance(m, nn.Linear) and m.bias is not None]
-    if not layers:
+    biases = [m.bias for m in net.modules() if isinstance(m, nn.Linear) and m.bias is not None]
+    if not biases:
         raise ValueError(f"{type(net).__name__} has no linear layer with a bias to start from the data")
-    return layers[-1]
+    if len(biases[-1]) != size:
+        raise ValueError(
+            f"{type(net).__name__}: its last linear layer gives {len(biases[-1])} numbers, the data need {size}; "
+            "start_from sets the bias of a linear output layer as wide as the data"
+        )
+    return biases[-1]

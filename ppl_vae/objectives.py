@@ -5,11 +5,13 @@ An objective maps a pair and a batch to values (B,), in nats per datum, to be ma
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
+import pyro
 import torch
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO, TraceTMC_ELBO
 from pyro.infer import elbo as pyro_elbo
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from ppl_vae.bounds import Bound, elbo, iwae
 from ppl_vae.estimators import Estimator, pathwise, require_reparameterised
 from ppl_vae.layout import inspect
 from ppl_vae.pairs import Batch, Pair
-from ppl_vae.traces import KL, log_terms
+from ppl_vae.traces import KL, log_terms, require_guided
 
 __all__ = ["ELBO", "IWAE", "BoundObjective", "Objective", "PyroObjective", "as_objective"]
 
@@ -99,24 +101,33 @@ class PyroObjective(Objective):
     with the same value and gradient as Pyro's: site scales count, and the closed KL is used where it holds.
     (Where guide and model order their latents differently, Pyro warns and uses it all the same; here such a
     site is sampled.) Every other ELBO, and every pair without a bound per datum or with latents that have no
-    reparameterised sampler, runs through Pyro's own ``loss_and_grads``, eagerly.
+    reparameterised sampler, runs through Pyro's own ``loss_and_grads``, eagerly; Pyro's ``Jit`` forms run as
+    the plain ones.
     """
 
     def __init__(self, loss: pyro_elbo.ELBO) -> None:
         super().__init__()
+        if type(loss).__name__.startswith("Jit"):
+            # Pyro's compiled forms look parameters up in the global store; their parents have the same value.
+            loss = copy.copy(loss)
+            loss.__class__ = type(loss).__mro__[1]
         self.loss = loss
+        self.store: dict[str, Any] = {"params": {}, "constraints": {}}  # what Pyro itself stores: baselines
         lowered: dict[type, KL] = {Trace_ELBO: "sampled", TraceMeanField_ELBO: "auto"}
         self.kl = lowered.get(type(loss))
 
     def forward(self, pair: Pair, *batch: Tensor) -> Tensor:
         """Return minus the loss per datum, (B,); the mean repeated where the ELBO gives no value per datum."""
         layout = pair.layout or inspect(pair, batch)
+        if not isinstance(self.loss, TraceEnum_ELBO | TraceTMC_ELBO):
+            require_guided(layout)
         if self.kl is not None and not layout.outside and not layout.score_only:
             particles = self.loss.num_particles
             terms = log_terms(pair, *batch, particles=particles, kl=self.kl, keep_scales=True)
             require_reparameterised(terms)
             return elbo(terms.weight())
-        value = -self._through_pyro(pair, batch) / (layout.population or len(batch[0]))
+        with pyro.get_param_store().scope(self.store):
+            value = -self._through_pyro(pair, batch) / (layout.population or len(batch[0]))
         return value.expand(len(batch[0]))
 
     def _through_pyro(self, pair: Pair, batch: Batch) -> Tensor:
@@ -126,17 +137,27 @@ class PyroObjective(Objective):
         ``.grad``; these gradients are read off and attached to the value.
         """
         device = batch[0].device
+
+        def model(*args: Tensor) -> Any:
+            pair.declare()  # Pyro takes no gradient where it has seen no parameter
+            return pair.model(*args)
+
         if not torch.is_grad_enabled():
-            return torch.as_tensor(self.loss.loss(pair.model, pair.guide, *batch), device=device)
+            return torch.as_tensor(_first(self.loss.loss(model, pair.guide, *batch)), device=device)
         parameters = [p for p in pair.parameters() if p.requires_grad]
         kept = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        value = torch.as_tensor(self.loss.loss_and_grads(pair.model, pair.guide, *batch), device=device).detach()
-        for p, grad in zip(parameters, kept, strict=True):
-            if p.grad is not None:
-                value = value + ((p - p.detach()) * p.grad).sum()
-            p.grad = grad
+        try:
+            loss = self.loss.loss_and_grads(model, pair.guide, *batch)
+            gradients = [p.grad for p in parameters]
+        finally:
+            for p, grad in zip(parameters, kept, strict=True):
+                p.grad = grad
+        value = torch.as_tensor(_first(loss), device=device).detach()
+        for p, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                value = value + ((p - p.detach()) * gradient).sum()
         return value
 
     def extra_repr(self) -> str:
@@ -144,14 +165,21 @@ class PyroObjective(Objective):
         return f"{type(self.loss).__name__}, particles={self.loss.num_particles}"
 
 
+def _first(loss: Any) -> Any:
+    """A loss; where there are two, as in reweighted wake-sleep, the model's, which is minus a bound."""
+    return loss[0] if isinstance(loss, tuple) else loss
+
+
 def as_objective(objective: Any) -> Objective:
     """An objective of ours as it is; one of Pyro's ELBOs adapted.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, and TraceTailAdaptive_ELBO, which has a gradient but no value to follow.
     """
     if isinstance(objective, Objective):
         return objective
+    if isinstance(objective, TraceTailAdaptive_ELBO):
+        raise ValueError("objective: TraceTailAdaptive_ELBO gives no value, only a gradient; use pyro.infer.SVI")
     if isinstance(objective, pyro_elbo.ELBO):
         return PyroObjective(objective)
     raise ValueError(

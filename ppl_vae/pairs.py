@@ -10,10 +10,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import pyro
-import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
@@ -49,14 +48,19 @@ class _OwnParams(Messenger):  # type: ignore[misc]
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         name: str = msg["name"]
         init = msg["args"][1] if len(msg["args"]) > 1 else None
-        if torch.is_tensor(init) and init.requires_grad:
+        if isinstance(init, nn.Parameter):
             self.pair.adopt(name, init)  # a module's own parameter: use it where it lives
             msg["value"] = init
         elif init is not None or name in self.pair.constraints:
             msg["value"] = self.pair.own(name, init, msg["kwargs"].get("constraint", constraints.real))
         else:
-            return  # a PyroModule's parameter, whose value the statement itself holds
+            return  # a PyroModule's constrained parameter: Pyro answers, `_pyro_post_param` adopts
         msg["done"] = True
+
+    def _pyro_post_param(self, msg: dict[str, Any]) -> None:
+        unconstrained = getattr(msg["value"], "unconstrained", None)
+        if unconstrained is not None and msg["name"] not in self.pair.constraints:
+            self.pair.adopt(msg["name"], unconstrained())
 
 
 class Pair(nn.Module):
@@ -90,7 +94,7 @@ class Pair(nn.Module):
         self.programs = nn.ModuleList(_modules_of(model, guide))
         self.params = nn.ParameterDict()
         self.constraints: dict[str, constraints.Constraint] = {}
-        self.known: set[str] = set()  # names of adopted parameters
+        self.known: dict[str, Tensor] = {}  # adopted parameters, where they live
         self.expected: dict[str, Tensor] = {}  # loaded values of parameters not yet created
         self.__dict__["_callables"] = (model, guide)  # modules among them are registered above
         self.layout: Any = None  # set by traces.inspect
@@ -102,10 +106,15 @@ class Pair(nn.Module):
         return getattr(model, "__self__", model)
 
     @property
+    def callables(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The model and the guide as they were given."""
+        given: tuple[Callable[..., Any], Callable[..., Any]] = self.__dict__["_callables"]
+        return given
+
+    @property
     def raw_model(self) -> Callable[..., Any]:
         """The model as it was given."""
-        model: Callable[..., Any] = self.__dict__["_callables"][0]
-        return model
+        return self.callables[0]
 
     def model(self, *batch: Tensor) -> Any:
         """Run the model with parameters from this pair."""
@@ -115,23 +124,46 @@ class Pair(nn.Module):
     def guide(self, *batch: Tensor) -> Any:
         """Run the guide with parameters from this pair."""
         with self._own_params():
-            return self.__dict__["_callables"][1](*batch)
+            return self.callables[1](*batch)
+
+    def declare(self) -> None:
+        """State every trainable parameter to Pyro's handlers, as ``pyro.module`` does."""
+        with self._own_params():
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad:
+                    pyro.param(f"pair.{name}", parameter)
 
     @contextmanager
     def _own_params(self) -> Iterator[None]:
-        # PyroModules ask this setting whether to use the global store; it is put back at once.
-        with pyro.settings.context(module_local_params=True), _OwnParams(self):
+        # PyroModules write to Pyro's store all the same: they find an empty one, and the user's is put back.
+        count = len(self.constraints)
+        with pyro.get_param_store().scope(), _OwnParams(self):
             yield
+        if len(self.constraints) > count:
+            self._release()
+
+    def _release(self) -> None:
+        """Leave to PyroModules, such as automatic guides, the parameters they have just registered as theirs."""
+        theirs = {id(p) for p in self.programs.parameters()}
+        for name in [n for n in self.constraints if id(self.params[_key(n)]) in theirs]:
+            del self.constraints[name], self.params[_key(name)]
 
     def adopt(self, name: str, parameter: Tensor) -> None:
-        """Make a closed-over module's parameter one of the pair's, unless it is already."""
-        if name in self.known:
+        """Make a closed-over module's parameter one of the pair's, unless it is already.
+
+        Raises:
+            ValueError: another closed-over parameter has the name.
+        """
+        if self.known.get(name) is parameter:
             return
-        self.known.add(name)
-        if isinstance(parameter, nn.Parameter) and not any(parameter is p for p in self.parameters()):
-            self.params[_key(name)] = parameter
-            if (stored := self._loaded(name, parameter)) is not None:
-                parameter.data.copy_(stored)
+        self.known[name] = parameter
+        if any(parameter is p for p in self.parameters()):
+            return
+        if _key(name) in self.params:
+            raise ValueError(f"param {name!r}: two different parameters have this name; name their nets apart")
+        self.params[_key(name)] = cast(nn.Parameter, parameter)
+        if (stored := self._loaded(name, parameter)) is not None:
+            parameter.data.copy_(stored)
 
     def expect(self, state: dict[str, Tensor]) -> None:
         """Take from loaded weights those of statements that have not run yet; they get them when they do."""
@@ -178,7 +210,7 @@ def as_pair(program: Program | Pair) -> Pair:
     """The pair of a program: always the same one for the same object, so that its parameters persist.
 
     Raises:
-        ValueError: ``program`` has no callable ``model`` and ``guide``.
+        ValueError: ``program`` has no callable ``model`` and ``guide``, or cannot remember its pair.
     """
     if isinstance(program, Pair):
         return program
@@ -188,9 +220,14 @@ def as_pair(program: Program | Pair) -> Pair:
             f"program: expected an object with a model and a guide, got {type(program).__name__}; "
             "give Pair(model, guide) for two functions"
         )
-    cached = program.__dict__.get("_ppl_vae_pair")
-    if cached is None:
-        cached = Pair(model, guide)
-        program.__dict__["_ppl_vae_pair"] = cached  # not setattr: a module would register it inside itself
-    pair: Pair = cached
+    attributes = getattr(program, "__dict__", None)
+    if not isinstance(attributes, dict):
+        raise ValueError(
+            "program: expected an object with attributes of its own, to which its pair is tied; "
+            "give Pair(program.model, program.guide), and keep it"
+        )
+    pair: Pair | None = attributes.get("_ppl_vae_pair")
+    if pair is None or pair.callables != (model, guide):  # none yet, or the program was given another guide
+        pair = Pair(model, guide)
+        attributes["_ppl_vae_pair"] = pair  # not setattr: a module would register it inside itself
     return pair

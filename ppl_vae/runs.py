@@ -1,29 +1,45 @@
-"""Run folders: a config, weights, metrics and figures; made by training, read by everything after it."""
+"""Run folders: settings, weights, metrics and figures; made by training, read by everything after it.
+
+```
+RUN/run.json              settings, shape of a picture, names of the labels, versions
+RUN/weights.safetensors   the weights kept: best by the validation bound, or the last good ones
+RUN/metrics.csv           one row per epoch
+RUN/results.json          what `ppl-vae evaluate` found
+RUN/figures/              pictures, and the film of the training
+RUN/tensorboard/          event files, where TensorBoard is installed
+```
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import platform
-import sys
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ppl_vae.batches import prepare
 from ppl_vae.checkpoint import Save, load_weights
 from ppl_vae.config import OPTIMIZERS, SCHEDULES, Config, build, images_of, objective_of, presented
-from ppl_vae.data import Images
+from ppl_vae.data import Images, Split
 from ppl_vae.evaluate import decode, encode, reconstruct, sample
 from ppl_vae.files import PathLike, write_whole
 from ppl_vae.film import Film
 from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, linear
 from ppl_vae.models import CVAE
+from ppl_vae.pairs import as_pair
 from ppl_vae.plots import (
     curves,
     label_rows,
@@ -35,12 +51,15 @@ from ppl_vae.plots import (
     save,
 )
 from ppl_vae.rng import seeded
-from ppl_vae.train import Run, fit
+from ppl_vae.train import Run, as_device, fit
 
-__all__ = ["RunFolder", "draw_figures", "load_run", "train_run", "write_json"]
+__all__ = ["RunFolder", "draw_figures", "installed", "load_run", "train_run", "write_json"]
 
 FORMAT = 1
 RECORD, WEIGHTS, METRICS, RESULTS = "run.json", "weights.safetensors", "metrics.csv", "results.json"
+FIGURES, EVENTS, FILM = "figures", "tensorboard", "film.gif"
+DRAWN = ("curves.png", "reconstructions.png", "latent.png", "labels.png", "samples.png", "plane.png")
+FILMED, SCATTERED, MOST_ROWS = 24, 1000, 50  # how many data the film and the scatter show, how many labels
 
 
 @dataclass(frozen=True)
@@ -53,24 +72,36 @@ class RunFolder:
     classes: tuple[str, ...]
     program: Any
 
-    def images(self) -> Images:
-        """The data the run was trained on, loaded again.
+    def images(self, data: PathLike | None = None, data_dir: PathLike | None = None) -> Images:
+        """The data the run was trained on, loaded again, or others in their place.
+
+        Args:
+            data: other data, or where the same ones are now.
+            data_dir: where the files of mnist or fashion-mnist are now.
 
         Raises:
-            ValueError: they are not there any more, or of another shape.
+            ValueError: they are not there, of another shape, or for a conditional model of other labels.
         """
-        images = images_of(self.config)
+        config = self.config
+        config = config if data is None else replace(config, data=os.fspath(data))
+        config = config if data_dir is None else replace(config, data_dir=os.fspath(data_dir))
+        images = images_of(config)
         if images.shape != self.shape:
-            raise ValueError(f"data: {self.config.data} has shape {images.shape}, the run {self.shape}")
+            raise ValueError(
+                f"data: pictures of {config.data} have shape {images.shape}, those of the run {self.shape}"
+            )
+        if isinstance(self.program, CVAE) and images.classes != self.classes:
+            raise ValueError(f"data: {config.data} has labels {images.classes}, the run {self.classes}")
         return images
 
 
 def train_run(
     config: Config, folder: PathLike, *, force: bool = False, progress: bool = True
 ) -> tuple[Run, RunFolder]:
-    """Train what a config says, into a folder: run.json, weights, metrics.csv, figures and a film.
+    """Train what a config says, into a folder.
 
-    Everything that can fail for the user's reasons (data, settings, an unwritable folder) fails before training.
+    Everything that can fail for the user's reasons (data, settings, device, an unwritable folder) fails before
+    training, and before the folder is made or an earlier run in it is touched.
 
     Args:
         config: the settings.
@@ -78,61 +109,73 @@ def train_run(
         force: replace an earlier run in the folder.
         progress: show a bar on a terminal.
 
+    Returns:
+        The training run, and the folder with the trained program.
+
     Raises:
-        ValueError: bad data or settings, or a folder that is in use or cannot be written.
+        ValueError: bad data or settings, no such device, or a folder that is in use or cannot be written.
+        NonFiniteError: the objective became NaN or infinite; the folder holds the last good weights.
     """
-    images = images_of(config)
+    _refuse_if_in_use(Path(folder), force)
+    device, images = as_device(config.device), images_of(config)
     with seeded(config.seed):
         program: Any = build(config, images.shape, len(images.classes))
         program.likelihood.start_from(presented(config, images.train).present(slice(None))[0])
-    path = _open_folder(Path(folder), force)
+    for split in (images.train, images.valid, images.test):
+        prepare(as_pair(program), presented(config, split))
+    path = _open_folder(Path(folder))
     record = RunFolder(path, config, images.shape, images.classes, program)
-    write_json(path / RECORD, _record(record))
-    objective, optimizer, scheduler = (
-        objective_of(config),
-        OPTIMIZERS[config.optimizer],
-        SCHEDULES[config.schedule],
-    )
-    run = fit(
-        program,
+    try:
+        write_json(path / RECORD, _record(record))
+        run = _fit(record, images, device, progress)
+    finally:
+        if not (path / WEIGHTS).exists():  # stopped before there was anything to keep
+            _clear(path)
+    draw_figures(record, images)
+    return run, record
+
+
+def _fit(record: RunFolder, images: Images, device: torch.device, progress: bool) -> Run:
+    config, objective = record.config, objective_of(record.config)
+    schedule = SCHEDULES[config.schedule]
+    return fit(
+        record.program,
         presented(config, images.train),
         presented(config, images.valid),
         objective=objective,
         epochs=config.epochs,
         batch_size=config.batch_size,
-        optimizer=partial(optimizer, lr=config.learning_rate),
-        scheduler=None if scheduler is None else partial(scheduler, T_max=config.epochs),
+        optimizer=partial(OPTIMIZERS[config.optimizer], lr=config.learning_rate),
+        scheduler=None if schedule is None else partial(schedule, T_max=config.epochs),
         clip_norm=config.clip_norm,
         seed=config.seed,
-        device=config.device,
-        hooks=_hooks(config, path, images, objective),
+        device=device,
+        hooks=_hooks(record, images, objective),
         progress=progress,
     )
-    draw_figures(record, images)
-    return run, record
 
 
-def _hooks(config: Config, path: Path, images: Images, objective: nn.Module) -> list[Hook]:
+def _hooks(record: RunFolder, images: Images, objective: nn.Module) -> list[Hook]:
+    config, path = record.config, record.path
     hooks: list[Hook] = [LogCSV(path / METRICS), Save(path / WEIGHTS)]
     if config.patience is not None:
         hooks.append(EarlyStop(config.patience))
     if config.warm_up:
-        beta = objective.beta
-        assert isinstance(beta, Tensor)
+        beta = objective.get_buffer("beta")
         hooks.append(Anneal(beta, linear(0.0, config.beta, config.warm_up)))
     if config.film:
-        rows = _followed(config, images)
-        hooks.append(Film(path / "figures" / "film.gif", rows, images.shape))
+        rows = _shown(config, images.valid[:FILMED], record.program)
+        hooks.append(Film(path / FIGURES / FILM, rows, images.shape, draws=FILMED))
     if find_spec("tensorboard") is not None:  # an extra; metrics.csv holds the same
-        hooks.append(LogTensorBoard(path / "tensorboard"))
+        hooks.append(LogTensorBoard(path / EVENTS))
     return hooks
 
 
-def _followed(config: Config, images: Images, count: int = 30) -> tuple[Tensor, ...]:
-    """The fixed inputs of the film: the first held-out data, and of a conditional model one row per label."""
+def _shown(config: Config, split: Split, program: nn.Module) -> tuple[Tensor, ...]:
+    """All rows of a split as the program takes them: pixels, and for a conditional model labels."""
     with seeded(config.seed):
-        x, *labels = presented(config, images.valid).present(slice(0, count))
-    return (x, *labels) if config.model == "cvae" else (x,)
+        batch = presented(config, split).present(slice(None))
+    return batch if isinstance(program, CVAE) else batch[:1]
 
 
 def load_run(folder: PathLike) -> RunFolder:
@@ -142,58 +185,110 @@ def load_run(folder: PathLike) -> RunFolder:
         ValueError: no run there, or one that is damaged or of a newer format; the message says which.
     """
     path = Path(folder)
-    record = path / RECORD
+    held = _read_record(path)
     try:
-        held = json.loads(record.read_text(encoding="utf-8"))
-        made_by = held["format"]
-        if made_by != FORMAT:
-            raise ValueError(f"run: {path} has format {made_by!r}, this version reads {FORMAT}; upgrade ppl-vae")
-        config = Config.from_mapping(held["config"], str(record))
-        shape, classes = tuple(int(s) for s in held["shape"]), tuple(str(c) for c in held["classes"])
-    except OSError as error:
-        raise ValueError(f"run: no run folder at {path} ({error.strerror})") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"run: {record} is damaged ({type(error).__name__}: {error})") from error
+        config = Config.from_mapping(held["config"], str(path / RECORD))
+        shape, classes = tuple(held["shape"]), tuple(held["classes"])
+        if len(shape) not in (2, 3) or not all(type(side) is int and side > 0 for side in shape):
+            raise TypeError(f"shape {shape}")
+        if not all(isinstance(name, str) for name in classes):
+            raise TypeError(f"classes {classes}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"run: {path / RECORD} is damaged ({type(error).__name__}: {error})") from error
     program = build(config, shape, len(classes))
-    load_weights(program, path / WEIGHTS)  # type: ignore[arg-type]
+    try:
+        load_weights(program, path / WEIGHTS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"run: {str(error).removeprefix('path: ')}") from error
     return RunFolder(path, config, shape, classes, program)
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    """What run.json holds, if it is of this format."""
+    try:
+        held = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"run: no run folder at {path} ({error.strerror}: {RECORD})") from error
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"run: {path / RECORD} is damaged ({error})") from error
+    if not isinstance(held, dict) or "format" not in held:
+        raise ValueError(f"run: {path / RECORD} is damaged (it names no format)")
+    if held["format"] != FORMAT:
+        raise ValueError(
+            f"run: {path} has format {held['format']!r}, this version reads {FORMAT}; upgrade ppl-vae to read it"
+        )
+    return held
+
+
 def draw_figures(run: RunFolder, images: Images) -> list[Path]:
-    """Draw training curves, reconstructions, samples and the latent space of a run; return the files."""
-    folder, config, program = run.path / "figures", run.config, run.program
+    """Draw training curves, reconstructions, samples and the latent space of a run, on the test split.
+
+    Returns:
+        The files written. Curves need an epoch, the latent plane two data and two dimensions of z.
+
+    Raises:
+        ValueError: metrics.csv is missing or damaged, or a file cannot be written.
+    """
+    folder = run.path / FIGURES
+    history = _history(run.path / METRICS)
+    figures: dict[str, Figure] = {"curves.png": curves(history)} if history else {}
+    figures |= _inferred(run, images) | _generated(run)
     folder.mkdir(exist_ok=True)
-    test = presented(config, images.test)
-    with seeded(config.seed):
-        batch = test[:1000].present(slice(None))
-    shown = batch if isinstance(program, CVAE) else batch[:1]
-    labels = images.test.y[:1000] if images.test.y is not None else None
+    return [save(figure, folder / name) for name, figure in figures.items()]
+
+
+def _inferred(run: RunFolder, images: Images) -> dict[str, Figure]:
+    """Figures of held-out data: reconstructions, codes, and the plane that the codes spread in."""
+    program, split = run.program, images.test[:SCATTERED]
+    shown = _shown(run.config, split, program)
+    some = tuple(column[:30] for column in shown)
+    figures = {"reconstructions.png": reconstructions(some[0], reconstruct(program, *some).cpu(), run.shape)}
     z = encode(program, *shown)["z"].cpu()
-    drawn = {
-        "curves.png": curves(_history(run.path / METRICS)),
-        "reconstructions.png": reconstructions(
-            shown[0][:32], reconstruct(program, *(c[:32] for c in shown)).cpu(), run.shape
-        ),
-        "latent.png": latent_scatter(z, labels, run.classes),
-    }
-    if isinstance(program, CVAE):
-        rows = torch.arange(len(run.classes)).repeat_interleave(10)
-        means = sample(program, len(rows), rows, mean=True).cpu()
-        drawn["labels.png"] = label_rows(means, rows, run.shape, run.classes)
-    else:
-        drawn["samples.png"] = samples(sample(program, 64, mean=True).cpu(), run.shape)
-        if config.latent >= 2:
-            lift = pca_plane(z)[1] if config.latent > 2 else (lambda plane: plane)
-            drawn["plane.png"] = latent_plane(
-                lambda plane: decode(program, {"z": lift(plane).float()}).cpu(), run.shape
-            )
-    return [save(figure, folder / name) for name, figure in drawn.items()]
+    flat = z.shape[1] <= 2
+    if not flat and len(z) < 2:
+        return figures  # no plane through a single code
+    figures["latent.png"] = latent_scatter(z, split.y, images.classes)
+    if z.shape[1] > 1 and not isinstance(program, CVAE):
+        lift = None if flat else pca_plane(z)[1]
+        figures["plane.png"] = latent_plane(
+            lambda plane: decode(program, {"z": plane if lift is None else lift(plane)}).cpu(),
+            run.shape,
+            names=("$z_1$", "$z_2$") if flat else ("principal component 1", "principal component 2"),
+        )
+    return figures
 
 
-def write_json(path: PathLike, values: Any) -> Path:
-    """Write plain values as JSON, whole or not at all."""
-    text = json.dumps(values, indent=2) + "\n"
+def _generated(run: RunFolder) -> dict[str, Figure]:
+    """Means of draws from the prior; of a conditional model, a row for each label."""
+    if not isinstance(run.program, CVAE):
+        return {"samples.png": samples(sample(run.program, 64, mean=True).cpu(), run.shape)}
+    rows = torch.arange(min(len(run.classes), MOST_ROWS)).repeat_interleave(10)
+    means = sample(run.program, len(rows), rows, mean=True).cpu()
+    return {"labels.png": label_rows(means, rows, run.shape, run.classes)}
+
+
+def write_json(path: PathLike, values: Mapping[str, Any]) -> Path:
+    """Write plain values as JSON, whole or not at all; NaN and infinity, which JSON lacks, become null.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    text = json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
     return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def installed(package: str) -> str:
+    """The version of an installed package, or that there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _record(run: RunFolder) -> dict[str, Any]:
@@ -203,36 +298,48 @@ def _record(run: RunFolder) -> dict[str, Any]:
         "config": run.config.to_dict(),
         "shape": list(run.shape),
         "classes": list(run.classes),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "command": " ".join(["ppl-vae", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()} | {p: installed(p) for p in packages},
     }
 
 
-def _open_folder(path: Path, force: bool) -> Path:
-    """Make the run folder, or raise ValueError before anything is lost."""
+def _refuse_if_in_use(path: Path, force: bool) -> None:
+    """Raise ValueError for a folder with something else in it or, unless ``force``, with a run."""
     try:
-        if path.exists() and any(path.iterdir()):
-            if not (path / RECORD).exists():
-                raise ValueError(f"out: {path} is not empty and holds no run; choose another folder")
-            if not force:
-                raise ValueError(
-                    f"out: {path} holds a run already; choose another folder, or --force to replace it"
-                )
-            for stale in (WEIGHTS, METRICS, RESULTS):
-                (path / stale).unlink(missing_ok=True)
-        (path / "figures").mkdir(parents=True, exist_ok=True)
+        if not path.exists() or not any(path.iterdir()):
+            return
+    except OSError as error:
+        raise ValueError(f"out: cannot write to {path} ({error.strerror})") from error
+    if not (path / RECORD).exists():
+        raise ValueError(f"out: {path} is not empty and holds no run; choose another folder")
+    if not force:
+        raise ValueError(f"out: {path} holds a run already; choose another folder, or --force to replace it")
+
+
+def _open_folder(path: Path) -> Path:
+    """Make the run folder; an earlier run in it is deleted."""
+    try:
+        _clear(path)
+        (path / FIGURES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out: cannot write to {path} ({error.strerror})") from error
     return path
 
 
+def _clear(path: Path) -> None:
+    """Delete what a run writes, and nothing else."""
+    for name in (RECORD, WEIGHTS, METRICS, RESULTS, *(f"{FIGURES}/{name}" for name in (*DRAWN, FILM))):
+        (path / name).unlink(missing_ok=True)
+    if (path / EVENTS).is_dir():
+        shutil.rmtree(path / EVENTS)
+    for folder in (path / FIGURES, path):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def _history(path: Path) -> list[dict[str, float]]:
     """The rows that `LogCSV` wrote."""
     try:
-        with path.open(newline="") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"run: {path} is missing or damaged ({error})") from error
-    if not rows:
-        raise ValueError(f"run: {path} holds no epoch")
-    return rows

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions import Independent
 
 __all__ = ["Site", "base", "family", "hand_scale", "mean_of", "plate_shape", "statements"]
 
 Site = dict[str, Any]
+WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
 
 
 def statements(trace: Any) -> dict[str, Site]:
@@ -29,20 +32,23 @@ def family(site: Site) -> str:
 
 
 def base(fn: Any) -> Any:
-    """The innermost base distribution."""
-    while hasattr(fn, "base_dist"):
+    """The distribution of one entry, inside Independent, Masked and Expanded ones; a transformed one is itself."""
+    while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
 
 
 def mean_of(site: Site) -> Tensor:
     """The mean of a site's distribution; its value where the distribution has none, as a category has none."""
+    value: Tensor = site["value"]
     try:
         mean: Tensor = site["fn"].mean
     except NotImplementedError:
-        value: Tensor = site["value"].float()
         return value
-    return torch.where(mean.isnan(), site["value"].float(), mean)
+    undefined = mean.isnan()
+    if bool(undefined.all()):
+        return value  # in its own type: a program may index with a category
+    return torch.where(undefined, value.to(mean), mean)
 
 
 def plate_shape(site: Site) -> tuple[int, ...] | None:
@@ -54,9 +60,10 @@ def plate_shape(site: Site) -> tuple[int, ...] | None:
 
 
 def hand_scale(site: Site) -> Any:
-    """A site's scale less the N/B of its subsampling plates: what ``poutine.scale`` put on it."""
+    """A site's scale less the N/B of its data plate: what ``poutine.scale`` and inner plates put on it."""
     factor = 1.0
     for frame in site["cond_indep_stack"]:
-        factor *= (frame.full_size or frame.size) / frame.size
+        if frame.dim == -1:
+            factor = (frame.full_size or frame.size) / frame.size
     scale = site["scale"] / factor
     return scale if torch.is_tensor(scale) else (1.0 if abs(scale - 1.0) < 1e-9 else float(scale))

@@ -13,17 +13,18 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_vae.layout import inspect
+from ppl_vae.layout import Layout, inspect
 from ppl_vae.pairs import Batch, Pair
-from ppl_vae.sites import Site, family, hand_scale, mean_of, plate_shape, statements
+from ppl_vae.sites import Site, base, family, hand_scale, mean_of, plate_shape, statements
 
-__all__ = ["KL", "LogTerms", "guide_means", "log_terms", "predict", "run_pair"]
+__all__ = ["KL", "LogTerms", "guide_means", "log_terms", "predict", "require_guided", "run_pair"]
 
 KL = Literal["sampled", "analytic", "auto"]
 
@@ -80,18 +81,28 @@ def log_terms(
     """
     if particles < 1:
         raise ValueError(f"particles must be at least 1, got {particles}")
+    layout = pair.layout or inspect(pair, batch)
+    require_guided(layout)
+    if layout.outside:
+        raise ValueError(
+            f"site {layout.outside[0]!r} is outside the data plate (dim=-1), so there is no bound per datum; "
+            "put it inside, or, if all data share it, train with an ELBO of pyro.infer"
+        )
     model, guide = run_pair(pair, batch, particles)
     latents = [s for s in model.values() if not s["is_observed"]]
     auxiliary = [s for s in guide.values() if s["name"] not in model]
 
     def total(sites: Iterable[Site]) -> Tensor:
-        terms = [_per_datum(s, s["fn"].log_prob(s["value"]), particles, keep_scales) for s in sites]
-        return sum(terms[1:], terms[0]) if terms else torch.zeros((particles, len(batch[0])))
+        return summed(_per_datum(s, s["fn"].log_prob(s["value"]), keep_scales) for s in sites)
+
+    def summed(terms: Iterable[Tensor]) -> Tensor:
+        first, *rest = [*terms] or [torch.zeros((particles, len(batch[0])), device=batch[0].device)]
+        return sum(rest, first)
 
     closed = None
     if kl != "sampled":
-        parts = [_kl(s["name"], model, guide, kl, particles, keep_scales) for s in latents]
-        closed = sum(parts[1:], parts[0]) + (total(auxiliary) if auxiliary else 0.0)
+        closed = summed(_kl(s["name"], model, guide, kl, keep_scales) for s in latents)
+        closed = closed + total(auxiliary) if auxiliary else closed
     return LogTerms(
         likelihood=total(s for s in model.values() if s["is_observed"]),
         prior=total(latents),
@@ -114,27 +125,34 @@ def run_pair(pair: Pair, batch: Batch, particles: int) -> tuple[dict[str, Site],
     return statements(model), statements(guide)
 
 
+def require_guided(layout: Layout) -> None:
+    """Raise ValueError, naming the first, if latents are left for enumeration: without a q(z | x) no weights."""
+    if layout.enumerated:
+        raise ValueError(
+            f"site {layout.enumerated[0]!r}: the model enumerates it and the guide does not draw it; train "
+            "with pyro.infer.TraceEnum_ELBO(), and draw it in the guide to have weights per particle"
+        )
+
+
 def _particle_plate(pair: Pair, batch: Batch, particles: int) -> Any:
     """A plate of particles left of every plate of the pair."""
     layout = pair.layout or inspect(pair, batch)
     return pyro.plate("_particles", particles, dim=-1 - layout.nesting)
 
 
-def _kl(
-    name: str, model: dict[str, Site], guide: dict[str, Site], kind: KL, particles: int, keep_scales: bool
-) -> Tensor:
+def _kl(name: str, model: dict[str, Site], guide: dict[str, Site], kind: KL, keep_scales: bool) -> Tensor:
     """KL(q || p) of one latent site, closed if it may be, else log q - log p of its draw."""
     p, q = model[name], guide[name]
     problem = _mean_field_problem(name, model, guide)
-    if problem is None:
+    if problem is None and not isinstance(base(q["fn"]), Delta):  # Pyro's closed KL drops a Delta's log_density
         try:
-            return _per_datum(q, kl_divergence(q["fn"], p["fn"]), particles, keep_scales)
+            return _per_datum(q, kl_divergence(q["fn"], p["fn"]), keep_scales)
         except NotImplementedError:
             problem = f"no closed form between {family(q)} and {family(p)} is known"
-    if kind == "analytic":
+    if kind == "analytic" and problem:
         raise ValueError(f"site {name!r}: {problem}; use kl='auto' to sample it, or kl='sampled'")
-    log_q = _per_datum(q, q["fn"].log_prob(q["value"]), particles, keep_scales)
-    return log_q - _per_datum(p, p["fn"].log_prob(p["value"]), particles, keep_scales)
+    log_q = _per_datum(q, q["fn"].log_prob(q["value"]), keep_scales)
+    return log_q - _per_datum(p, p["fn"].log_prob(p["value"]), keep_scales)
 
 
 def _mean_field_problem(name: str, model: dict[str, Site], guide: dict[str, Site]) -> str | None:
@@ -152,21 +170,20 @@ def _mean_field_problem(name: str, model: dict[str, Site], guide: dict[str, Site
     return None
 
 
-def _per_datum(site: Site, log_prob: Tensor, particles: int, keep_scales: bool) -> Tensor:
+def _per_datum(site: Site, log_prob: Tensor, keep_scales: bool) -> Tensor:
     """Mask a site's log-density, sum it over inner plates, and check that (K, B) is left."""
     scale = hand_scale(site)
     if not keep_scales and not (isinstance(scale, float) and scale == 1.0):
         raise ValueError(
-            f"site {site['name']!r} is scaled by poutine.scale, which has no place in a bound on log p(x); "
-            "give the objective a beta, or use pyro.infer.Trace_ELBO() as objective"
+            f"site {site['name']!r} is scaled by poutine.scale, or by the subsampling of an inner plate, which "
+            "has no place in a bound on log p(x); give the objective a beta, or use pyro.infer.Trace_ELBO()"
         )
     masked: Tensor = scale_and_mask(log_prob, scale=scale, mask=site["mask"])
     shape = plate_shape(site)
     if shape is None or masked.shape != shape:
         raise ValueError(
-            f"site {site['name']!r}: its log-density has shape {tuple(masked.shape)}, expected "
-            f"{shape or (particles, '..., B')}; put it inside the data plate (dim=-1), and declare the dimensions "
-            "of one event with .to_event"
+            f"site {site['name']!r}: its log-density has shape {tuple(masked.shape)}, expected {shape}; "
+            "declare the dimensions of one event with .to_event"
         )
     return masked.flatten(1, -2).sum(1) if len(shape) > 2 else masked
 
@@ -192,7 +209,8 @@ def guide_means(pair: Pair, *batch: Tensor, particles: int = 1) -> dict[str, Ten
         Site name -> (B, *event).
     """
     guide = run_pair(pair, batch, particles)[1]
-    return {name: mean_of(site).mean(0) for name, site in guide.items()}
+    means = {name: mean_of(site) for name, site in guide.items()}
+    return {name: (m if m.is_floating_point() else m.float()).mean(0) for name, m in means.items()}
 
 
 @torch.no_grad()

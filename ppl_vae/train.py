@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ppl_vae.pairs import Batch, Pair, Program, as_pair
 from ppl_vae.rng import seeded
 from ppl_vae.traces import log_terms
 
-__all__ = ["NonFiniteError", "Run", "Update", "default_device", "fit"]
+__all__ = ["NonFiniteError", "Run", "Update", "as_device", "default_device", "fit"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -29,12 +30,29 @@ adam: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3, fused=True)
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss became NaN or infinite; the pair holds the last good parameters again."""
+    """A loss or a parameter became NaN or infinite; the pair holds the last good parameters again."""
 
 
 def default_device() -> torch.device:
     """CUDA when present, the CPU otherwise."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def as_device(device: torch.device | str | None = None) -> torch.device:
+    """A device that can be computed on; by default CUDA when present, the CPU otherwise.
+
+    Raises:
+        ValueError: unknown, or not on this machine.
+    """
+    if device is None:
+        return default_device()
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).tolist()
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"device: {str(device)!r} is not to be had here; there is {', '.join(here)}") from error
+    return chosen
 
 
 class Update:
@@ -140,7 +158,8 @@ def fit(
         epochs: passes over ``train``.
         batch_size: rows per step; a stream keeps its own.
         optimizer: parameters -> torch optimizer, e.g. ``functools.partial(torch.optim.Adam, lr=2e-3)``.
-        scheduler: optimizer -> torch learning-rate scheduler.
+        scheduler: optimizer -> torch learning-rate scheduler; a `ReduceLROnPlateau` watches the objective (on
+            ``valid`` where given), negated if its mode is "min".
         scheduler_every: when it steps.
         clip_norm: largest norm of the gradient.
         seed: fixes the order of the data and every draw; the caller's random streams are left alone.
@@ -154,18 +173,19 @@ def fit(
 
     Raises:
         ValueError: bad data or settings, before training starts.
-        NonFiniteError: the objective became NaN or infinite; the pair holds its last good parameters.
+        NonFiniteError: the objective or a parameter became NaN or infinite; the pair holds the last parameters
+            whose objective was finite.
     """
     for name, number in (("epochs", epochs), ("report_every", report_every)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
-    device = torch.device(device) if device is not None else default_device()
-    pair, goal = (
-        as_pair(program).to(device),
-        as_objective(ELBO() if objective is None else objective).to(device),
-    )
+    if scheduler_every not in ("epoch", "step"):
+        raise ValueError(f"scheduler_every must be 'epoch' or 'step', got {scheduler_every!r}")
+    device = as_device(device)
+    goal = _moved(as_objective(ELBO() if objective is None else objective), device)
+    pair = as_pair(program).to(device)
     with seeded(seed, device):
         source = prepare(pair, train, batch_size, device)
         held_out = None if valid is None else prepare(pair, valid, batch_size, device)
@@ -173,12 +193,32 @@ def fit(
         parameters = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("program: it has no parameters to train; register nets with pyro.module")
-        update = Update("objective", pair, goal, optimizer(parameters), clip_norm)
+        update = Update("objective", pair, goal, _made(optimizer, parameters), clip_norm)
         schedule = None if scheduler is None else scheduler(update.optimizer)
+        if scheduler_every == "step" and isinstance(schedule, ReduceLROnPlateau):
+            raise ValueError("scheduler_every: ReduceLROnPlateau watches a whole epoch; use 'epoch'")
         run = Run(pair, goal, epochs, validated=held_out is not None)
         loop = _Loop(run, update, schedule, scheduler_every, [*hooks, *([Progress()] if progress else [])])
         loop.go(source, held_out, batch_size, seed, report_every)
     return run
+
+
+def _moved(objective: Objective, device: torch.device) -> Objective:
+    """The objective on a device, its buffers moved in place: a hook such as `Anneal` holds one of them."""
+    for buffer in objective.buffers():
+        buffer.data = buffer.data.to(device)
+    return objective.to(device)
+
+
+def _made(optimizer: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    """The optimizer of the parameters."""
+    made = optimizer(parameters) if callable(optimizer) else optimizer
+    if made is optimizer or not isinstance(made, Optimizer):
+        raise ValueError(
+            "optimizer: expected a function from parameters to a torch optimizer, such as "
+            f"functools.partial(torch.optim.Adam, lr=1e-3), got {type(optimizer).__name__}"
+        )
+    return made
 
 
 class _Loop:
@@ -195,7 +235,7 @@ class _Loop:
         self.run, self.update, self.hooks = run, update, hooks
         self.schedule, self.every_step = schedule, scheduler_every == "step"
         self.best: dict[str, Tensor] | None = None
-        self.good = snapshot(run.pair)
+        self.good = self.latest = snapshot(run.pair)  # the latest is good once its objective is finite
 
     def go(self, source: Source, valid: Source | None, batch_size: int, seed: int, report_every: int) -> None:
         """Run to the end, and call ``on_end`` however it comes."""
@@ -211,6 +251,8 @@ class _Loop:
         finally:
             if self.best is not None:
                 run.pair.load_state_dict(self.best)
+            elif not self.finite():
+                run.pair.load_state_dict(self.good)
             run.pair.eval()
             self.call("on_end")
 
@@ -223,7 +265,7 @@ class _Loop:
         """All batches once, then validation, the history's row, and the hooks."""
         run, start = self.run, time.perf_counter()
         run.pair.train()
-        total, count, pending = 0.0, 0, _Pending()
+        self.first, total, count, pending = run.step, 0.0, 0, _Pending()
         for batch in source.epoch(self.batch_size, self.seed, run.epoch):
             self.call("on_step")
             pending.add(self.update(batch), len(batch[0]))
@@ -231,12 +273,14 @@ class _Loop:
             if self.schedule is not None and self.every_step:
                 self.schedule.step()
             if len(pending.values) == self.report_every:
-                total, count = self.read(pending, batch, total, count)
+                total, count = self.read(pending, source, total, count)
         if pending.values:
-            total, count = self.read(pending, batch, total, count)
+            total, count = self.read(pending, source, total, count)
+        if not self.finite():
+            self.fail(f"step {run.step} made a parameter NaN or infinite", self.again(source, run.step - 1))
         seconds = time.perf_counter() - start
-        run.epoch += 1
         mean, stderr = (math.nan, math.nan) if valid is None else self.validate(valid)
+        run.epoch += 1
         run.history.append(
             {
                 "epoch": run.epoch,
@@ -251,29 +295,45 @@ class _Loop:
         )
         if valid is not None and mean >= run.best:
             run.best_epoch, self.best = run.epoch, snapshot(run.pair)
-        if self.schedule is not None and not self.every_step:
-            plateau = isinstance(self.schedule, ReduceLROnPlateau)
-            self.schedule.step(*((total / count if math.isnan(mean) else mean,) if plateau else ()))
+        self.adjust(total / count if valid is None else mean)
         self.call("on_epoch")
 
-    def read(self, pending: _Pending, batch: Batch, total: float, count: int) -> tuple[float, int]:
-        """Bring the pending values to the host: the only wait for the device between epochs."""
+    def adjust(self, value: float) -> None:
+        """Step a scheduler that goes by epochs; one that watches gets the objective, or the loss."""
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(value if self.schedule.mode == "max" else -value)
+        elif self.schedule is not None and not self.every_step:
+            self.schedule.step()
+
+    def read(self, pending: _Pending, source: Source, total: float, count: int) -> tuple[float, int]:
+        """Bring the pending values to the host: the only wait for the device within an epoch."""
         values, sizes, seconds = pending.take()
-        if not math.isfinite(sum(values)):
-            first = next(i for i, v in enumerate(values) if not math.isfinite(v))
-            self.fail(self.run.step - len(values) + first + 1, values[first], batch)
-        self.good = snapshot(self.run.pair)
+        wrong = next((i for i, v in enumerate(values) if not math.isfinite(v)), None)
+        if wrong != 0:
+            self.good = self.latest
+        if wrong is not None:
+            step = self.run.step - len(values) + wrong
+            self.fail(f"the objective became {values[wrong]} at step {step + 1}", self.again(source, step))
+        self.latest = snapshot(self.run.pair)
         part = sum(v * n for v, n in zip(values, sizes, strict=True))
         self.call("on_report", part / sum(sizes), sum(sizes) / seconds)
         return total + part, count + sum(sizes)
 
-    def fail(self, step: int, value: float, batch: Batch) -> None:
-        """Put the last good parameters back and raise, naming step and likely cause."""
-        self.run.pair.load_state_dict(self.good)
-        cause = diagnose(self.run.pair, batch)
-        self.best, self.run.reason = None, f"objective {value} at step {step}"
+    def finite(self) -> bool:
+        """Whether all parameters are; a gradient may be NaN though the objective is not."""
+        return bool(torch.stack([p.isfinite().all() for p in self.update.parameters]).all())
+
+    def again(self, source: Source, step: int) -> Iterator[Batch]:
+        """The batches of this epoch once more, from that of a step (counted from 0) on."""
+        return islice(source.epoch(self.batch_size, self.seed, self.run.epoch), step - self.first, None)
+
+    def fail(self, what: str, batches: Iterator[Batch]) -> NoReturn:
+        """Put the last good parameters back and raise, naming the likely cause: see the first of the batches."""
+        run = self.run
+        run.pair.load_state_dict(self.good)
+        self.best, run.best_epoch, run.reason = None, None, what
         raise NonFiniteError(
-            f"the objective became {value} at step {step} (epoch {self.run.epoch + 1}); likely cause: {cause}. "
+            f"{what} (epoch {run.epoch + 1}); likely cause: {diagnose(run.pair, next(batches, None))}. "
             "The pair holds its last good parameters."
         )
 
@@ -285,6 +345,10 @@ class _Loop:
         with seeded(self.seed, device):
             parts = [self.run.objective(self.run.pair, *b) for b in valid.batches(self.batch_size)]
         values = torch.cat(parts).double().cpu()
+        if values.isnan().any():
+            wrong = next(i for i, part in enumerate(parts) if part.isnan().any())
+            what = f"the validation objective became nan after step {self.run.step}"
+            self.fail(what, islice(valid.batches(self.batch_size), wrong, None))
         return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
@@ -313,12 +377,12 @@ def snapshot(pair: Pair) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def diagnose(pair: Pair, batch: Batch) -> str:
+def diagnose(pair: Pair, batch: Batch | None) -> str:
     """Say where a batch's log-densities go wrong under the given parameters, if they do already."""
-    for i, column in enumerate(batch):
+    for i, column in enumerate(batch or ()):
         if column.is_floating_point() and not bool(torch.isfinite(column).all()):
             return f"batch tensor {i} holds NaN or infinity"
-    if pair.layout is None or pair.layout.outside:
+    if batch is None or pair.layout is None or pair.layout.outside:
         return "too large a step (lower the learning rate, or set clip_norm)"
     terms = log_terms(pair, *batch, keep_scales=True)
     for name, value in (

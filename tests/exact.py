@@ -44,7 +44,8 @@ class LinearGaussian(nn.Module):
     def reference(cls, **options: object) -> tuple[LinearGaussian, Tensor]:
         """The instance with published numbers, and its datum."""
         weight = torch.tensor([[1, 0.5], [0, 2], [-1, 0.3]], dtype=torch.float64)
-        pair = cls(weight, torch.tensor([0.1, -0.2, 0.3]), 0.25, **options)  # type: ignore[arg-type]
+        mean = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+        pair = cls(weight, mean, 0.25, **options)  # type: ignore[arg-type]
         return pair, torch.tensor([[0.7, -1.1, 0.4]], dtype=torch.float64)
 
     # ------------------------------------------------------------------ the programs
@@ -107,6 +108,7 @@ class LinearGaussian(nn.Module):
         prior = MultivariateNormal(torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64))
         return kl_divergence(self.guide_law(x), prior)
 
+    @torch.no_grad()
     def weight_variance(self) -> float:
         """Var_q(w) / p(x)², which decides how fast L_K rises: E_q[(p(z|x) / q(z|x))²] - 1. Infinite if q is thin.
 

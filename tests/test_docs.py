@@ -186,7 +186,8 @@ def test_an_example_is_its_docstring_and_its_code(hooks):
         source = path.read_text("utf-8")
         page = hooks.example_page(source, path.name)
         title, *prose = ast.get_docstring(ast.parse(source)).splitlines()
-        assert page.startswith(f"# {title.rstrip('.')}\n")
+        assert page.splitlines()[0] == title.rstrip(".")
+        assert title.startswith("# ")
         assert all(line in page for line in prose)
         assert source.splitlines()[-1] in page
     assert hooks.examples()

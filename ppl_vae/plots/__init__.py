@@ -8,10 +8,10 @@ make the film of a training run.
 from __future__ import annotations
 
 from ppl_vae.plots.common import Array, save
-from ppl_vae.plots.curves import curves
 from ppl_vae.plots.film import film_frame, write_gif
 from ppl_vae.plots.images import image_grid, label_rows, reconstructions, samples
 from ppl_vae.plots.latent import latent_plane, latent_scatter, pca_plane
+from ppl_vae.plots.training import curves
 
 __all__ = [
     "Array",

@@ -31,7 +31,9 @@ def network(mean: torch.Tensor) -> pv.VAE:
     return vae
 
 
-def measure(images: pv.Images, particles: int, epochs: int, test_particles: int, seed: int = 0) -> dict[str, object]:
+def measure(
+    images: pv.Images, particles: int, epochs: int, test_particles: int, seed: int = 0
+) -> dict[str, object]:
     """Train, evaluate, and return one row of results."""
     x = torch.cat([images.train.x, images.valid.x])
     torch.manual_seed(seed)
@@ -40,7 +42,7 @@ def measure(images: pv.Images, particles: int, epochs: int, test_particles: int,
     pv.fit(
         vae,
         pv.Data(x, transform=pv.redraw),
-        objective=pv.IWAE(particles) if particles > 1 else pv.ELBO(),
+        objective=pv.IWAE(particles) if particles > 1 else pv.ELBO(kl="analytic"),
         epochs=epochs,
         batch_size=100,
         optimizer=partial(torch.optim.Adam, lr=2e-3),

@@ -1,0 +1,216 @@
+"""Settings: types, ranges and names are checked wherever they come from, and every choice builds."""
+
+import argparse
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import ppl_vae as pv
+from ppl_vae import config
+from ppl_vae.cli import _parser
+from ppl_vae.config import Config, build, images_of, objective_of, presented
+from ppl_vae.train import as_device
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+CHOICES = [(f.name, choice) for f in FIELDS.values() for choice in f.metadata.get("choices", ())]
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def flag(name):
+    """The command line's flag for a setting."""
+    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return next(a for a in commands.choices["train"]._actions if a.dest == name)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_is_a_flag_that_says_its_default(name):
+    action, default = flag(name), FIELDS[name].default
+    assert f"--{name.replace('_', '-')}" in action.option_strings
+    assert action.help
+    assert action.default is None  # not given: the file's value, or the default
+    if default is None:
+        assert "default" not in action.help or "by default" in action.help
+    else:
+        shown = {True: "yes"}.get(default, default) if isinstance(default, bool) else default
+        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+        assert f"(default: {shown})" in action.help
+    assert list(action.choices or ()) == list(FIELDS[name].metadata.get("choices", ()))
+
+
+@pytest.mark.parametrize("kind", ["toml", "json"])
+def test_file_with_overrides(tmp_path, kind):
+    text = {
+        "toml": 'latent = 3\nhidden = [16]\nlearning_rate = 1\nscale = 0.5\nfilm = false\nlikelihood = "normal"',
+        "json": '{"latent": 3, "hidden": [16], "learning_rate": 1, "scale": 0.5, "film": false}',
+    }
+    read = Config.from_file(write(tmp_path / f"c.{kind}", text[kind]), latent=5)
+    assert read == Config(latent=5, hidden=(16,), learning_rate=1.0, scale="0.5", film=False)
+    assert isinstance(read.learning_rate, float)
+
+
+def test_plain_values_make_the_same_config():
+    made = Config(data="x.npz", hidden=(4, 3), clip_norm=2.0, patience=3, likelihood="normal", scale="per-pixel")
+    assert Config.from_mapping(json.loads(json.dumps(made.to_dict()))) == made
+    assert Config(latent=np.int64(3), beta=np.float32(1), hidden=[8]) == Config(latent=3, hidden=(8,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("latnet = 3", "unknown key 'latnet'; did you mean 'latent'"),
+        ("[train]\nlatent = 3", "unknown key 'train'; known are data, .*"),
+        ('latent = "3"', "latent must be a whole number, got '3'"),
+        ("latent = true", "latent must be a whole number"),
+        ("latent = 2.0", "latent must be a whole number"),
+        ("hidden = 3", "hidden must be a list of one or more whole numbers"),
+        ("hidden = []", "hidden must be a list of one or more whole numbers"),
+        ("hidden = [8, 0]", "hidden must be at least 1"),
+        ("film = 1", "film must be true or false"),
+        ("data = 1", "data must be text"),
+        ('beta = "1"', "beta must be a number"),
+        ("beta = -1", "beta must be at least 0"),
+        ("beta = nan", "beta must be finite"),
+        ("learning_rate = inf", "learning_rate must be finite"),
+        ("learning_rate = 0", "learning_rate must be above 0"),
+        ("clip_norm = 0.0", "clip_norm must be above 0"),
+        ("seed = -1", "seed must be at least 0"),
+        ("seed = 9223372036854775808", "seed must be below 2\\*\\*63"),
+        ('likelihood = "bernouli"', "likelihood: unknown choice 'bernouli'; did you mean 'bernoulli'"),
+        ('optimizer = "magic"', "optimizer: unknown choice 'magic'; known are adam, adamw, sgd"),
+        ("latent == 3", "no valid TOML"),
+    ]
+    + [(f"{name} = 0", f"{name} must be at least 1") for name in ("epochs", "particles", "latent", "batch_size")]
+    + [(f"{name} = 0", f"{name} must be at least 1") for name in ("limit", "patience")],
+)
+def test_mistakes_in_a_file_are_named_with_the_file(tmp_path, text, message):
+    path = write(tmp_path / "run.toml", text)
+    with pytest.raises(ValueError, match=f"run.toml.*{message}"):
+        Config.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "iwae", "beta": 2.0}, "beta and warm_up"),
+        ({"objective": "iwae", "warm_up": 10}, "beta and warm_up"),
+        ({"likelihood": "bernoulli", "scale": "0.1"}, "bernoulli has none"),
+        ({"scale": "often"}, "scale must be learned, per-pixel or a positive number"),
+        ({"scale": "-1"}, "scale must be"),
+        ({"scale": "nan"}, "scale must be"),
+        ({"data": ""}, "data must name"),
+        ({"latent": "3"}, "latent must be a whole number"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "latin.toml").write_bytes(b"data = '\xff'")
+    for path, message in [
+        (tmp_path / "none.toml", "cannot read .*none.toml"),
+        (tmp_path, "cannot read"),
+        (tmp_path / "latin.toml", "no valid TOML"),
+        (write(tmp_path / "cut.json", '{"latent": '), "no valid JSON"),
+        (write(tmp_path / "list.json", "[1]"), "must hold keys and values, got a list"),
+        (write(tmp_path / "nan.json", '{"beta": NaN}'), "beta must be finite"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Config.from_file(path)
+
+
+@pytest.mark.parametrize(("name", "choice"), CHOICES)
+def test_every_choice_trains_and_is_judged(name, choice):
+    settings = {"epochs": 1, "hidden": (8,), "limit": 20, name: choice}
+    if choice == "bernoulli":
+        settings["binarise"] = "threshold"
+    made = Config(**settings)
+    images = images_of(made)
+    program = build(made, images.shape, len(images.classes))
+    train, test = presented(made, images.train), presented(made, images.test)
+    before = {n: v.clone() for n, v in program.state_dict().items()}
+    schedule = config.SCHEDULES[made.schedule]
+    run = pv.fit(
+        program,
+        train,
+        objective=objective_of(made),
+        epochs=1,
+        optimizer=lambda p: config.OPTIMIZERS[made.optimizer](p, lr=made.learning_rate),
+        scheduler=schedule and (lambda o: schedule(o, T_max=1)),
+        progress=False,
+    )
+    assert torch.isfinite(torch.tensor(run.history[0]["train"]))
+    assert any(not torch.equal(v, before[n]) for n, v in program.state_dict().items())
+    assert torch.isfinite(pv.log_likelihood(program, test, particles=3).value).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "kind", "outputs"),
+    [("learned", pv.LearnedScale, 6), ("per-pixel", pv.NetScale, 12), ("0.25", pv.FixedScale, 6)],
+)
+def test_scale_of_the_normal_likelihood(scale, kind, outputs):
+    program = build(Config(scale=scale, latent=3, hidden=(5, 4)), (2, 3))
+    assert isinstance(program.likelihood.scale, kind)
+    widths = [m.out_features for m in program.likelihood.net.modules() if isinstance(m, torch.nn.Linear)]
+    assert widths == [4, 5, outputs]  # the encoder's reversed
+    if scale == "0.25":
+        assert float(program.likelihood(torch.zeros(1, 3)).base_dist.scale.unique()) == 0.25
+
+
+def test_objectives_take_their_settings():
+    made = objective_of(Config(particles=3, beta=0.5, kl="sampled"))
+    assert (made.particles, float(made.beta), made.kl, made.bound) == (3, 0.5, "sampled", pv.bounds.elbo)
+    made = objective_of(Config(objective="iwae", particles=7))
+    assert (made.particles, made.bound) == (7, pv.bounds.iwae)
+
+
+def test_binarisation():
+    split = images_of(Config(limit=50)).train
+    grey, cut, drawn, again = (
+        presented(Config(binarise=name), split).present(slice(None))[0]
+        for name in ("none", "threshold", "redraw", "redraw")
+    )
+    assert torch.equal(grey, split.x)
+    assert torch.equal(cut, (split.x > 0.5).float())
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert not torch.equal(drawn, again)  # anew at each presentation
+    assert torch.equal(drawn[split.x == 0], split.x[split.x == 0])
+
+
+def test_conditional_model_needs_labels():
+    with pytest.raises(ValueError, match="cvae needs labelled data"):
+        build(Config(model="cvae"), (8, 8), classes=0)
+
+
+def test_data_by_name_path_and_limit(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.savez(tmp_path / "own.npz", x=np.random.default_rng(0).random((40, 3, 2)))
+    for name in (tmp_path / "own.npz", "~/own.npz"):
+        images = images_of(Config(data=name, limit=7))
+        assert images.shape == (3, 2)
+        assert [len(s) for s in (images.train, images.valid, images.test)] == [7, 4, 4]
+    with pytest.raises(ValueError, match="no such file, and no known name: 'digit'; did you mean 'digits'"):
+        images_of(Config(data="digit"))
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99"])
+def test_unknown_devices(name):
+    with pytest.raises(ValueError, match=f"device: '{name}' is not to be had here; there is cpu"):
+        as_device(name)
+    with pytest.raises(ValueError, match="device"):
+        pv.fit(build(Config(hidden=(4,)), (2, 2)), torch.rand(8, 4), device=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_no_cuda_here():
+    assert as_device() == torch.device("cpu")
+    with pytest.raises(ValueError, match="'cuda' is not to be had"):
+        as_device("cuda")
