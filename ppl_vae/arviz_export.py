@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_vae.batches import Data, as_data, prepare
-from ppl_vae.pairs import Batch, Pair, Program, as_pair
+from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.rng import seeded
 from ppl_vae.sites import Site
 from ppl_vae.traces import log_terms, predict, run_pair
@@ -76,7 +75,7 @@ def to_arviz(
     if draws < 1 or max_data < 1:
         raise ValueError(f"draws and max_data must be at least 1; got draws={draws}, max_data={max_data}")
     pair = as_pair(pair)
-    with _evaluating(pair), torch.no_grad():
+    with evaluating(pair), torch.no_grad():
         columns = _first(pair, data, max_data, seed)
         device = columns[0].device
         with seeded(seed, device):
@@ -126,25 +125,12 @@ def build(
     return arviz.from_dict(nested, **names)
 
 
-@contextmanager
-def _evaluating(pair: nn.Module) -> Iterator[None]:
-    """Dropout and the like off for a block, then every module as it was."""
-    training = [module for module in pair.modules() if module.training]
-    pair.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _first(pair: Pair, data: Any, count: int, seed: int) -> Batch:
     """The first `count` data as the model sees them, checked, on the pair's device."""
     source = as_data(data)
     source = prepare(pair, source[:count] if isinstance(source, Data) else source)
-    device = next((p.device for p in pair.parameters()), torch.device("cpu"))
     batches: list[Batch] = []
-    with seeded(seed, device):  # a transform may draw
+    with seeded(seed, pair.device):  # a transform may draw
         for batch in source.batches(count):
             batches.append(batch)
             if sum(len(seen[0]) for seen in batches) >= count:

@@ -15,7 +15,7 @@ from ppl_vae.layout import check_finite, check_values, inspect, own_check
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.rng import seeded
 
-__all__ = ["Data", "Source", "Stream", "as_data", "prepare"]
+__all__ = ["Data", "Source", "Stream", "as_data", "placed", "prepare"]
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -183,10 +183,8 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if device is None:
-        device = next((p.device for p in pair.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in pair.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    source, (least, most) = as_data(data, batch_size).to(device, dtype), _arity(pair)
+    device = pair.device if device is None else device
+    source, (least, most) = as_data(data, batch_size).to(device, pair.dtype), _arity(pair)
     if isinstance(source, Stream):
         source.width = most
         first = next(source.batches())
@@ -207,6 +205,11 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
             column = _pixels(column) if position == 0 else column
             check_values(site, column, family, support)
     return source
+
+
+def placed(pair: Pair, batch: Batch) -> Batch:
+    """A batch on the device of a pair and in its precision."""
+    return tuple(_placed(t, pair.device, pair.dtype) for t in batch)
 
 
 def _arity(pair: Pair) -> tuple[int, int | None]:

@@ -185,4 +185,5 @@ class Normal(Conditional):
         bias = output_bias(self.net, self.scale.channels * mean.numel())
         with torch.no_grad():
             bias[: mean.numel()] = mean.flatten().to(bias)
-        self.scale.start_from(float((x - mean).square().mean().sqrt()), bias)
+        if (deviation := float((x - mean).square().mean().sqrt())) > 0:  # constant data tell nothing of σ
+            self.scale.start_from(deviation, bias)

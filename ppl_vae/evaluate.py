@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppl_vae.batches import prepare
-from ppl_vae.pairs import Batch, Pair, Program, as_pair
+from ppl_vae.batches import placed, prepare
+from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.rng import seeded
 from ppl_vae.traces import KL, LogTerms, guide_means, log_terms, predict
 
@@ -245,7 +245,7 @@ def active_units(
 def encode(program: Program | Pair, *batch: Tensor, particles: int = 1, seed: int = 0) -> dict[str, Tensor]:
     """Posterior means E_q[z | x] of a batch: latent site -> (B, *event)."""
     with _judging(program, seed) as pair:
-        return guide_means(pair, *_placed(pair, batch), particles=particles)
+        return guide_means(pair, *placed(pair, batch), particles=particles)
 
 
 def reconstruct(program: Program | Pair, *batch: Tensor, site: str | None = None, seed: int = 0) -> Tensor:
@@ -261,7 +261,7 @@ def reconstruct(program: Program | Pair, *batch: Tensor, site: str | None = None
         Means (B, *event).
     """
     with _judging(program, seed) as pair:
-        return _only(predict(pair, *_placed(pair, batch), latents="means")[2], site)[0]
+        return _only(predict(pair, *placed(pair, batch), latents="means")[2], site)[0]
 
 
 def sample(
@@ -322,7 +322,7 @@ def decode(
     if len(sizes) != 1:
         raise ValueError(f"latents: expected tensors of one length, got lengths {sorted(sizes)}")
     with _judging(program, 0) as pair:
-        given = dict(zip(latents, _placed(pair, tuple(latents.values())), strict=True))
+        given = dict(zip(latents, placed(pair, tuple(latents.values())), strict=True))
         batch = _template(pair, sizes.pop(), context, like)
         drawn, _, means = predict(pair, *batch, latents=given)
     if unknown := set(given) - set(drawn):
@@ -336,30 +336,18 @@ def _template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batc
         blank = getattr(pair.program, "blank", None)
         if not callable(blank):
             raise ValueError("program: it has no `blank` method that tells its shapes; pass like=batch")
-        like = blank(size, *_placed(pair, context))
+        like = blank(size, *placed(pair, context))
     if len(like[0]) != size:
         raise ValueError(f"like: expected a batch of {size} rows, got {len(like[0])}")
-    return _placed(pair, like)
+    return placed(pair, like)
 
 
 @contextmanager
 def _judging(program: Program | Pair, seed: int) -> Iterator[Pair]:
     """A pair in evaluation mode, under one seeded stream; its mode is put back afterwards."""
     pair = as_pair(program)
-    modes = [(module, module.training) for module in pair.modules()]
-    device = next((p.device for p in pair.parameters()), torch.device("cpu"))
-    pair.eval()
-    try:
-        with seeded(seed, device):
-            yield pair
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _placed(pair: Pair, batch: Batch) -> Batch:
-    device = next((p.device for p in pair.parameters()), torch.device("cpu"))
-    return tuple(t.to(device) for t in batch)
+    with evaluating(pair), seeded(seed, pair.device):
+        yield pair
 
 
 def _only(sites: dict[str, Tensor], site: str | None) -> Tensor:

@@ -108,6 +108,8 @@ class EarlyStop(Hook):
 class Anneal(Hook):
     """Set a number held in a tensor, such as an objective's ``beta``, before each step.
 
+    Validation keeps to the value that the objective had when ``fit`` was called: give it that of the end.
+
     Args:
         target: the tensor, written in place so that a captured step sees it.
         schedule: step -> value.

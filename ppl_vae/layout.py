@@ -62,6 +62,8 @@ def inspect(pair: Pair, batch: Batch) -> Layout:
         raise ValueError(f"the loaded weights are another program's: it has no {min(pair.expected)!r}")
     enumerated = _match(model, guide)
     sites = [*model.values(), *guide.values()]
+    for site in sites:
+        _check_shape(site)
     dims = [f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
     frame = next((f for s in sites for f in s["cond_indep_stack"] if f.dim == -1), None)
     full = None if frame is None else frame.full_size or frame.size
@@ -84,8 +86,9 @@ def _run(pair: Pair, batch: Batch) -> tuple[dict[str, Site], dict[str, Site]]:
             guide = poutine.trace(pair.guide).get_trace(*batch)
             model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
     except (RuntimeError, IndexError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # Pyro adds a table of shapes
         raise ValueError(
-            f"the program cannot take a batch of {_shapes(batch)}: {error}. "
+            f"the program cannot take a batch of {_shapes(batch)}: {reason}. "
             "Flat nets want x as (B, features): use x.flatten(1); check also the net's first width"
         ) from error
     return statements(model), statements(guide)
@@ -103,6 +106,16 @@ def _match(model: dict[str, Site], guide: dict[str, Site]) -> tuple[str, ...]:
     if extra:
         raise ValueError(f"site {min(extra)!r}: drawn by the guide, but no latent of the model")
     return tuple(sorted(enumerated))
+
+
+def _check_shape(site: Site) -> None:
+    """Raise ValueError if a site in the data plate has dimensions that neither a plate nor an event explains."""
+    expected, given = plate_shape(site), tuple(site["fn"].batch_shape)
+    if expected is not None and given != expected:
+        raise ValueError(
+            f"site {site['name']!r}: its distribution has batch shape {given}, its plates {expected}; "
+            "declare the dimensions of one event with .to_event"
+        )
 
 
 def _observation(site: Site, batch: Batch) -> tuple[int | None, str, Any]:

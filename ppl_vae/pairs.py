@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from typing import Any, Protocol, cast, runtime_checkable
 
 import pyro
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
-__all__ = ["Batch", "Pair", "Program", "as_pair"]
+__all__ = ["Batch", "Pair", "Program", "as_pair", "evaluating"]
 
 Batch = tuple[Tensor, ...]
 
@@ -48,11 +49,12 @@ class _OwnParams(Messenger):  # type: ignore[misc]
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         name: str = msg["name"]
         init = msg["args"][1] if len(msg["args"]) > 1 else None
-        if isinstance(init, nn.Parameter):
+        constraint = msg["kwargs"].get("constraint", constraints.real)
+        if isinstance(init, nn.Parameter) and constraint is constraints.real:
             self.pair.adopt(name, init)  # a module's own parameter: use it where it lives
             msg["value"] = init
         elif init is not None or name in self.pair.constraints:
-            msg["value"] = self.pair.own(name, init, msg["kwargs"].get("constraint", constraints.real))
+            msg["value"] = self.pair.own(name, init, constraint)
         else:
             return  # a PyroModule's constrained parameter: Pyro answers, `_pyro_post_param` adopts
         msg["done"] = True
@@ -104,6 +106,16 @@ class Pair(nn.Module):
         """The object that declares the model, where there is one, else the model function."""
         model = self.raw_model
         return getattr(model, "__self__", model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; the CPU while there are none."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the parameters; torch's default while there are none."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     @property
     def callables(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -231,3 +243,15 @@ def as_pair(program: Program | Pair) -> Pair:
         pair = Pair(model, guide)
         attributes["_ppl_vae_pair"] = pair  # not setattr: a module would register it inside itself
     return pair
+
+
+@contextmanager
+def evaluating(pair: Pair) -> Iterator[None]:
+    """Dropout and the like off for a block, then every module in the mode it was in."""
+    training = [module for module in pair.modules() if module.training]
+    pair.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -10,7 +10,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Independent
 
-__all__ = ["Site", "base", "family", "hand_scale", "mean_of", "plate_shape", "statements"]
+__all__ = ["Site", "base", "data_first", "family", "hand_scale", "mean_of", "plate_shape", "statements"]
 
 Site = dict[str, Any]
 WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
@@ -57,6 +57,17 @@ def plate_shape(site: Site) -> tuple[int, ...] | None:
     if -1 not in sizes:
         return None
     return tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
+
+
+def data_first(site: Site, value: Tensor) -> Tensor:
+    """A value (*plates, B, *event) as (B, *plates, *event), less dimensions of plates that the site is not in."""
+    event = site["fn"].event_dim
+    depth = value.dim() - event
+    sizes = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+    if depth < 2 or -1 not in sizes:
+        return value
+    absent = tuple(depth + dim + 1 for dim in range(-depth, -1) if dim not in sizes)
+    return value.movedim(depth - 1, 0).squeeze(absent)
 
 
 def hand_scale(site: Site) -> Any:

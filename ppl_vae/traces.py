@@ -6,7 +6,8 @@ densities are unscaled: a subsampling plate's N/B never gets inside an importanc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from torch.distributions import kl_divergence
 
 from ppl_vae.layout import Layout, inspect
 from ppl_vae.pairs import Batch, Pair
-from ppl_vae.sites import Site, base, family, hand_scale, mean_of, plate_shape, statements
+from ppl_vae.sites import Site, base, data_first, family, hand_scale, mean_of, plate_shape, statements
 
 __all__ = ["KL", "LogTerms", "guide_means", "log_terms", "predict", "require_guided", "run_pair"]
 
@@ -37,7 +38,7 @@ class LogTerms:
         likelihood: Σ over observed sites of log p(x | z), shape (K, B).
         prior: Σ over latent sites of log p(z), shape (K, B).
         posterior: Σ over latent sites of log q(z | x), shape (K, B).
-        samples: the latents drawn, site name -> (K, B, *event).
+        samples: the latents drawn, site name -> (K, B, *event); inner plates stand between K and B.
         kl: KL(q || p) given the particle's earlier latents, (K, B), where it was asked for.
         score_only: latent sites whose draws carry no gradient.
     """
@@ -119,7 +120,7 @@ def run_pair(pair: Pair, batch: Batch, particles: int) -> tuple[dict[str, Site],
     Particles are a plate of their own, left of all plates of the program.
     """
     lift = _particle_plate(pair, batch, particles)
-    with pyro.validation_enabled(False):  # its checks wait for the device at every site
+    with _noted(), pyro.validation_enabled(False):  # its checks wait for the device at every site
         guide = poutine.trace(lift(pair.guide)).get_trace(*batch)
         model = poutine.trace(poutine.replay(lift(pair.model), trace=guide)).get_trace(*batch)
     return statements(model), statements(guide)
@@ -138,6 +139,19 @@ def _particle_plate(pair: Pair, batch: Batch, particles: int) -> Any:
     """A plate of particles left of every plate of the pair."""
     layout = pair.layout or inspect(pair, batch)
     return pyro.plate("_particles", particles, dim=-1 - layout.nesting)
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Add to an error in a program what it most often means, since it ran without particles before."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        error.add_note(
+            "The program ran with particles, which stand left of the data: z is (K, B, d). Nets and expressions "
+            "must keep leading dimensions."
+        )
+        raise
 
 
 def _kl(name: str, model: dict[str, Site], guide: dict[str, Site], kind: KL, keep_scales: bool) -> Tensor:
@@ -206,11 +220,12 @@ def guide_means(pair: Pair, *batch: Tensor, particles: int = 1) -> dict[str, Ten
     Exact for a one-level guide; a Rao-Blackwell average otherwise. Sites without a mean average their draws.
 
     Returns:
-        Site name -> (B, *event).
+        Site name -> (B, *event), with inner plates between the two.
     """
     guide = run_pair(pair, batch, particles)[1]
     means = {name: mean_of(site) for name, site in guide.items()}
-    return {name: (m if m.is_floating_point() else m.float()).mean(0) for name, m in means.items()}
+    floats = {name: m if m.is_floating_point() else m.float() for name, m in means.items()}
+    return {name: data_first(guide[name], m.mean(0)) for name, m in floats.items()}
 
 
 @torch.no_grad()
@@ -229,11 +244,12 @@ def predict(
         particles: K.
 
     Returns:
-        Latents, draws of the observed sites, and means of the observed sites: name -> (K, B, *event).
+        Latents, draws of the observed sites, and means of the observed sites: name -> (K, B, *event), with
+        inner plates between K and B.
     """
     lift = _particle_plate(pair, batch, particles)
     free = poutine.uncondition(lift(pair.model))
-    with pyro.validation_enabled(False):
+    with _noted(), pyro.validation_enabled(False):
         if isinstance(latents, Mapping):
             free = poutine.condition(free, data=dict(latents))
         elif latents != "prior":

@@ -99,8 +99,8 @@ class Run:
         pair: the trained pair; the program given to ``fit`` shares its parameters.
         objective: what was maximised.
         epochs: how many were asked for.
-        history: one row per epoch: epoch, step, train and valid (mean objective, nats per datum), valid_stderr
-            (over data), lr, seconds, rate (data per second).
+        history: one row per epoch: epoch, step, train and valid (mean objective, nats per datum; valid as it was
+            given to ``fit``, whatever is annealed), valid_stderr (over data), lr, seconds, rate (data per second).
         epoch: epochs done.
         step: steps done.
         best_epoch: the epoch whose weights the pair holds, by the validation objective; None without one.
@@ -236,6 +236,7 @@ class _Loop:
         self.schedule, self.every_step = schedule, scheduler_every == "step"
         self.best: dict[str, Tensor] | None = None
         self.good = self.latest = snapshot(run.pair)  # the latest is good once its objective is finite
+        self.given = snapshot(run.objective)
 
     def go(self, source: Source, valid: Source | None, batch_size: int, seed: int, report_every: int) -> None:
         """Run to the end, and call ``on_end`` however it comes."""
@@ -340,10 +341,12 @@ class _Loop:
     @torch.no_grad()
     def validate(self, valid: Source) -> tuple[float, float]:
         """Mean objective and its standard error over data; the same draws every time, the stream left alone."""
-        self.run.pair.eval()
-        device = self.update.parameters[0].device
-        with seeded(self.seed, device):
-            parts = [self.run.objective(self.run.pair, *b) for b in valid.batches(self.batch_size)]
+        pair, goal = self.run.pair.eval(), self.run.objective
+        annealed = snapshot(goal)
+        goal.load_state_dict(self.given)  # under a rising beta, the first epochs would look best
+        with seeded(self.seed, self.update.parameters[0].device):
+            parts = [goal(pair, *b) for b in valid.batches(self.batch_size)]
+        goal.load_state_dict(annealed)
         values = torch.cat(parts).double().cpu()
         if values.isnan().any():
             wrong = next(i for i, part in enumerate(parts) if part.isnan().any())
@@ -371,9 +374,9 @@ class _Pending:
         return values, sizes, seconds
 
 
-def snapshot(pair: Pair) -> dict[str, Tensor]:
-    """A copy of a pair's parameters and buffers."""
-    return {name: value.detach().clone() for name, value in pair.state_dict().items()}
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers, of a pair or an objective."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 @torch.no_grad()

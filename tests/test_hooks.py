@@ -83,6 +83,16 @@ def test_a_hook_that_overrides_nothing_does_nothing():
 # ---- annealing
 
 
+class Seen(Hook):
+    """The value of a tensor after each epoch."""
+
+    def __init__(self, target):
+        self.target, self.values = target, []
+
+    def on_epoch(self, run):
+        self.values.append(float(self.target))
+
+
 def test_annealing_beta_is_a_fixed_beta_at_each_step():
     program, objective = vae(), pv.ELBO(kl="analytic", beta=0.3)
     twin = copy.deepcopy(program)
@@ -99,6 +109,17 @@ def test_annealing_beta_is_a_fixed_beta_at_each_step():
             values.append(float(pv.Update("objective", pair, fixed, optimizer)(batch)))
     assert same(weights(program), weights(twin))
     assert [row["train"] for row in run.history] == pytest.approx([sum(values[:4]) / 4, sum(values[4:]) / 4])
+
+
+def test_validation_keeps_to_the_objective_as_it_was_given():
+    # At a rate of zero nothing changes but beta: a bound that followed it would change too.
+    still = {"epochs": 3, "batch_size": 16, "optimizer": partial(torch.optim.SGD, lr=0.0)}
+    plain = fit(vae(), X, HELD_OUT, objective=pv.ELBO(beta=0.7), **still)
+    objective = pv.ELBO(beta=0.7)
+    hooks = [pv.Anneal(objective.beta, pv.linear(0.0, 0.7, steps=20)), seen := Seen(objective.beta)]
+    annealed = fit(vae(), X, HELD_OUT, objective=objective, hooks=hooks, **still)
+    assert [row["valid"] for row in annealed.history] == [row["valid"] for row in plain.history]
+    assert seen.values == pytest.approx([0.7 * 3 / 20, 0.7 * 7 / 20, 0.7 * 11 / 20])
 
 
 def test_fit_leaves_the_annealed_tensor_in_its_place():

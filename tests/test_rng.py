@@ -48,6 +48,13 @@ def test_a_seed_fixes_the_draws_and_another_one_changes_them():
     assert not torch.equal(draws[1, 0], draws[1, 1])
 
 
+def test_a_blocks_stream_is_the_one_that_torch_seeds():
+    torch.manual_seed(3)
+    plain = torch.randn(8)
+    with seeded(3):
+        assert torch.equal(plain, torch.randn(8))
+
+
 def test_without_a_seed_the_block_goes_on_from_the_callers_stream():
     with seeded(None):
         inside = torch.rand(4)

@@ -166,6 +166,14 @@ def test_hooks_are_called_in_order_and_the_pair_is_in_the_right_mode():
     assert all(rate > 0 for _, rate in watch.reports)
 
 
+@pytest.mark.parametrize("kind", ["learned", "per pixel"])
+def test_pixels_that_never_vary_do_not_end_a_long_run_in_nan(kind):
+    x = torch.full((32, WIDTH), 0.5)
+    run = fit(vae(kind), x, epochs=200, optimizer=partial(torch.optim.Adam, lr=0.05))
+    assert all(math.isfinite(row["train"]) for row in run.history)
+    assert run.history[-1]["train"] > run.history[0]["train"]
+
+
 # ---- which weights are kept
 
 

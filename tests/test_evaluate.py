@@ -1,0 +1,358 @@
+"""Evaluation: how many particles, which seed, whose modes; programs of every kind; and every refusal."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact import LinearGaussian
+from programs import LATENT, ROWS, WIDTH, Discrete, OneLevel, case
+from small import conditions, cvae, pixels, vae
+from torch import nn
+from torch.distributions import Bernoulli, MultivariateNormal, Normal
+
+import ppl_vae as pv
+from ppl_vae.evaluate import Estimate, decode, encode
+from ppl_vae.pairs import Pair, as_pair
+from ppl_vae.rng import seeded
+
+X = torch.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH)
+BAND = 4.5
+
+
+class Counting(OneLevel):
+    """Counts the particles that its guide draws for a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn, self.largest = 0, 0
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(self.encoder(x)[:, :LATENT], 1.0).to_event(1))
+        if z.dim() == 3:  # not the first look, which has no particles
+            self.drawn += z.shape[0]
+            self.largest = max(self.largest, z.shape[0])
+
+
+# ---------------------------------------------------------------- particles
+@pytest.mark.parametrize("chunk", [1, 3, 7, 10, 1000])
+@pytest.mark.parametrize("particles", [1, 7, 10])
+def test_exactly_k_particles(particles, chunk):
+    """K not a multiple of the chunk, a chunk larger than K: K draws, and log K taken off."""
+    program = Counting()
+    estimate = pv.log_likelihood(program, X, particles, chunk=chunk, batch_size=100)
+    assert program.drawn == particles
+    assert program.largest == min(particles, chunk)
+    assert estimate.name == f"L_{particles}"
+
+
+def test_chunks_change_the_draws_and_nothing_else():
+    """An exact guide has one weight for all draws, so any particle too many or too few would show."""
+    program = LinearGaussian.random(0, guide="exact").requires_grad_(False)
+    x = program.draw(3, seed=0)
+    exact = program.log_evidence(x)
+    for particles, chunk in ((7, 2), (7, 7), (7, 50), (1, 3)):
+        value = pv.log_likelihood(program, x, particles, chunk=chunk).value
+        torch.testing.assert_close(value, exact, rtol=0, atol=1e-9)
+
+
+def test_batches_do_not_share_weights():
+    """A bound per datum, not one for the batch: its sum is not that of joint weights."""
+    program = LinearGaussian.random(0).requires_grad_(False)
+    x = program.draw(40, seed=0)
+    estimate = pv.log_likelihood(program, x, 200)
+    assert estimate.value.shape == (40,)
+    gap = float((program.log_evidence(x) - estimate.value).sum())
+    assert gap < 2.0, "joint weights of 40 data with 200 particles would lose tens of nats"
+
+
+def test_a_subsampled_plate_does_not_temper_the_weights():
+    """Rows of a plate of 50 have the bound that they have alone."""
+    whole, part = case("one level"), case("given rows")
+    part.pair.load_state_dict(whole.pair.state_dict())
+    for judge in (pv.log_likelihood, pv.elbo):
+        ours, alone = judge(part.pair, X, 20), judge(whole.pair, X, 20)
+        assert torch.equal(ours.value, alone.value)
+        assert torch.equal(ours.stderr, alone.stderr)
+
+
+# ---------------------------------------------------------------- seeds and modes
+class Noisy(OneLevel):
+    """A guide with dropout, which evaluation turns off."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(WIDTH, 2 * LATENT), nn.Dropout(0.5))
+        self.modes = set()
+
+    def guide(self, x):
+        self.modes.add((self.training, self.encoder.training))
+        super().guide(x)
+
+
+JUDGES = {
+    "log_likelihood": lambda p, seed: pv.log_likelihood(p, X, 5, seed=seed).value,
+    "elbo": lambda p, seed: pv.elbo(p, X, 5, seed=seed, kl="sampled").value,
+    "active_units": lambda p, seed: pv.active_units(p, X, seed=seed).variance["z"],
+    "encode": lambda p, seed: encode(p, X, seed=seed)["z"],
+    "reconstruct": lambda p, seed: pv.reconstruct(p, X, seed=seed),
+    "sample": lambda p, seed: pv.sample(p, ROWS, like=(X,), seed=seed),
+}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_seeds_and_modes(name):
+    program, judge = Noisy(), JUDGES[name]
+    program.encoder.train()
+    program.decoder.eval()
+    modes = [m.training for m in program.modules()]
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    first = judge(program, 0)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's stream is left alone"
+    torch.manual_seed(12)
+    assert torch.equal(judge(program, 0), first), "the same seed, the same value"
+    if name in ("log_likelihood", "elbo", "sample"):
+        assert not torch.equal(judge(program, 1), first)
+    assert [m.training for m in program.modules()] == modes
+    assert program.modes <= {(False, False)}, "no dropout while judging"
+    assert not first.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_come_back_after_an_error(training):
+    program = Noisy().train(training)
+    with pytest.raises(ValueError, match="batch"):
+        pv.log_likelihood(program, torch.zeros(2, WIDTH + 1), 3)
+    assert program.training is training
+    assert program.encoder.training is training
+
+
+def test_the_shipped_programs():
+    """With and without a condition; every function gives what its name says."""
+    x = pixels(20)
+    for program, context in ((vae(), ()), (cvae(), (conditions(x),))):
+        data = (x, *context)
+        bound = pv.elbo(program, data, 50)
+        tighter = pv.log_likelihood(program, data, 50)
+        assert tighter.mean > bound.mean - 3 * bound.monte_carlo_stderr
+        assert pv.sample(program, 20, *context).shape == x.shape
+        assert pv.reconstruct(program, *data).shape == x.shape
+        z = encode(program, *data)["z"]
+        assert z.shape == (20, 2)
+        torch.testing.assert_close(decode(program, {"z": z}, *context), pv.reconstruct(program, *data))
+        assert pv.active_units(program, data).variance["z"].shape == (2,)
+
+
+# ---------------------------------------------------------------- posteriors of every kind
+@pytest.mark.parametrize("category", [False, True])
+def test_a_discrete_latent(category):
+    """Against the sum over all its states."""
+    program = Discrete(category).requires_grad_(False)
+    exact = program.log_evidence(X)
+    estimate = pv.log_likelihood(program, X, 20_000, chunk=5000)
+    assert bool(((estimate.value - exact).abs() <= BAND * estimate.stderr).all())
+    assert float(estimate.stderr.max()) < 0.02
+    bound = pv.elbo(program, X, 2000, kl="sampled")
+    assert bool((bound.value - BAND * bound.stderr < exact).all())
+    assert bool((bound.value < exact + BAND * bound.stderr).all())
+
+
+def test_the_exact_posterior_of_one_bit():
+    """Bayes' rule as guide: every particle has the weight p(x)."""
+    prior, loc = torch.tensor(0.3, dtype=torch.float64), torch.tensor([-1.0, 1.5], dtype=torch.float64)
+
+    def joint(x):
+        return torch.stack(
+            [Normal(loc[i], 1.0).log_prob(x) + Bernoulli(prior).log_prob(torch.tensor(i * 1.0)) for i in (0, 1)]
+        )
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(prior))
+            pyro.sample("x", dist.Normal(loc[0] + z * (loc[1] - loc[0]), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Bernoulli(joint(x).softmax(0)[1]))
+
+    x = torch.tensor([-2.0, 0.1, 3.0])
+    for particles in (1, 4, 33):
+        estimate = pv.log_likelihood(Pair(model, guide), x, particles, chunk=10)
+        torch.testing.assert_close(estimate.value, joint(x.double()).logsumexp(0), rtol=0, atol=1e-6)
+
+
+def test_a_point_posterior():
+    """A Delta has no spread: the joint density at the point, whatever K, and no Monte Carlo error."""
+    program = LinearGaussian.random(0).requires_grad_(False)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Delta(program.posterior(x)[0], event_dim=1))
+
+    x = program.draw(3, seed=0)
+    z = program.posterior(x)[0]
+    joint = Normal(z @ program.weight.T + program.mean, math.sqrt(program.variance)).log_prob(x).sum(-1)
+    joint = joint + Normal(0.0, 1.0).log_prob(z).sum(-1)
+    pair = Pair(program.model, guide)
+    for estimate in (pv.log_likelihood(pair, x, 7), pv.elbo(pair, x, 7)):
+        torch.testing.assert_close(estimate.value, joint)
+        assert float(estimate.stderr.max()) < 1e-6
+    torch.testing.assert_close(encode(pair, x)["z"], z)
+
+
+def test_missing_pixels():
+    """A mask on the likelihood leaves pixels out: the marginal of the others is in closed form."""
+    program = LinearGaussian.random(1, 2, 5).requires_grad_(False)
+    x = program.draw(3, seed=0)
+    keep = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 1, 1, 0, 1]], dtype=torch.bool)
+
+    def model(x, keep):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+            loc = z @ program.weight.T + program.mean
+            pyro.sample("x", dist.Normal(loc, math.sqrt(program.variance)).mask(keep.bool()).to_event(1), obs=x)
+
+    def guide(x, keep):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).expand([len(x), 2]).to_event(1))
+
+    law, exact = program.marginal(), []
+    for row, seen in zip(x, keep, strict=True):
+        exact.append(MultivariateNormal(law.mean[seen], law.covariance_matrix[seen][:, seen]).log_prob(row[seen]))
+    estimate = pv.log_likelihood(Pair(model, guide), (x, keep), 40_000, chunk=10_000)
+    assert bool(((estimate.value - torch.stack(exact)).abs() <= BAND * estimate.stderr).all())
+    assert float(estimate.stderr.max()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["handler mask", "law mask"])
+def test_rows_without_a_latent(name):
+    """Where a mask takes a row's latent out of both programs, the likelihood at the guide's draws is left."""
+    c = case(name)
+    masked = X[:, 0] <= 0
+    bound, weighted = pv.elbo(c.pair, X, 10, kl="sampled"), pv.log_likelihood(c.pair, X, 10)
+    assert bool((bound.diagnostics["rate"][masked] == 0).all())
+    assert bool((bound.diagnostics["rate"][~masked] != 0).all())
+    torch.testing.assert_close(bound.value[masked], -bound.diagnostics["distortion"][masked])
+    assert bool((weighted.value > bound.value).all()), "the same draws"
+
+
+@pytest.mark.parametrize("name", ["two levels", "bottom up", "nested", "bare params", "pyro guide", "auto normal"])
+def test_programs_of_every_shape(name):
+    """The bound rises with K, on average over data and within its errors."""
+    c = case(name)
+    one, many = (pv.log_likelihood(c.pair, c.batch, k, seed=1) for k in (1, 2000))
+    bound = pv.elbo(c.pair, c.batch, 2000, kl="sampled")
+    slack = BAND * (bound.monte_carlo_stderr + many.monte_carlo_stderr)
+    assert bound.mean < many.mean + slack
+    assert math.isnan(one.monte_carlo_stderr)
+    assert not dict(pyro.get_param_store())
+
+
+# ---------------------------------------------------------------- estimates
+def test_an_estimate_adds_up():
+    value, stderr = torch.tensor([-1.0, -3.0], dtype=torch.float64), torch.tensor([0.3, 0.4], dtype=torch.float64)
+    estimate = Estimate(value, stderr, "lower", name="L_9")
+    assert estimate.mean == -2.0, "per datum, not in total; log p, not minus log p"
+    assert estimate.mean_stderr == pytest.approx(math.sqrt(2) / math.sqrt(2))
+    assert estimate.monte_carlo_stderr == pytest.approx(0.25)
+    assert str(estimate) == "L_9 = -2.000 ± 1.000 nats per datum (lower bound; 2 data; Monte Carlo s.e. 0.250)"
+    assert math.isnan(Estimate(value[:1], stderr[:1], "upper").mean_stderr)
+
+
+def test_float64_on_the_cpu_and_the_direction():
+    for judge in (pv.log_likelihood, pv.elbo):
+        estimate = judge(vae(), pixels(5), 3)
+        assert estimate.direction == "lower"
+        for table in (estimate.value, estimate.stderr, *estimate.diagnostics.values()):
+            assert table.dtype == torch.float64
+            assert table.shape == (5,)
+
+
+def test_one_particle_says_nothing_of_its_error():
+    for judge in (pv.log_likelihood, pv.elbo):
+        assert bool(judge(vae(), pixels(5), 1).stderr.isnan().all())
+
+
+def test_samples_are_those_of_the_model():
+    """Mean and covariance of x are those of p(x); the mean of p(x | z) has the noise's variance less."""
+    program, _ = LinearGaussian.reference()
+    law, count = program.requires_grad_(False).marginal(), 20_000
+    like = (torch.zeros(count, 3, dtype=torch.float64),)
+    noise = program.variance * torch.eye(3, dtype=torch.float64)
+    for mean, covariance in ((False, law.covariance_matrix), (True, law.covariance_matrix - noise)):
+        x = pv.sample(program, count, like=like, mean=mean)
+        scale = covariance.diagonal().sqrt()
+        assert bool(((x.mean(0) - law.mean).abs() <= BAND * scale / math.sqrt(count)).all())
+        spread = (scale[:, None] * scale) * math.sqrt(2 / count)
+        assert bool(((x.T.cov() - covariance).abs() <= BAND * spread).all())
+
+
+def test_reconstructions_are_means_without_noise():
+    program = LinearGaussian.random(0).requires_grad_(False)
+    x = program.draw(4, seed=0)
+    expected = program.posterior(x)[0] @ program.weight.T + program.mean
+    torch.testing.assert_close(pv.reconstruct(program, x), expected)
+
+
+# ---------------------------------------------------------------- refusals
+def two_outputs(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("a", dist.Normal(z, 1.0), obs=x[:, 0])
+        pyro.sample("b", dist.Normal(z, 1.0), obs=x[:, 1])
+
+
+def unit_guide(x):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("judge", [pv.log_likelihood, pv.elbo])
+@pytest.mark.parametrize(
+    ("program", "data", "options", "message"),
+    [
+        (vae(), pixels(4), {"particles": 0}, "particles must be at least 1, got 0"),
+        (vae(), pixels(4), {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (vae(), pixels(4)[:, :5], {}, r"cannot take a batch of \(4, 5\)"),
+        (vae(), torch.zeros(0, 12), {}, "empty"),
+        (None, pixels(4), {}, "program: expected an object with a model and a guide"),
+        (case("drawn rows").pair, X, {}, "3 rows in its data plate for a batch of 6; .*must hold the whole batch"),
+        (case("shared latent").pair, X, {}, "site 'w' is outside the data plate"),
+        (case("scaled").pair, X, {}, "site 'z' is scaled by poutine.scale"),
+    ],
+)
+def test_refusals(judge, program, data, options, message):
+    with pytest.raises(ValueError, match=message):
+        judge(program, data, **options)
+
+
+def test_more_refusals():
+    program, x = as_pair(OneLevel()), X
+    for call, message in (
+        (lambda: pv.log_likelihood(program, x, 5, chunk=0), "chunk must be at least 1, got 0"),
+        (lambda: pv.active_units(program, x[:1]), "at least two data, got 1"),
+        (lambda: pv.sample(program, 0, like=(x,)), "size must be at least 1, got 0"),
+        (lambda: pv.sample(program, 3), "no `blank` method that tells its shapes; pass like=batch"),
+        (lambda: pv.sample(program, 3, like=(x,)), "like: expected a batch of 3 rows, got 6"),
+        (lambda: pv.sample(program, 6, like=(x,), site="y"), r"site: the model does not observe 'y', but \['x'\]"),
+        (lambda: pv.reconstruct(program, x, site="z"), "does not observe 'z'"),
+        (lambda: decode(program, {}, like=(x,)), r"latents: expected tensors of one length, got lengths \[\]"),
+        (lambda: decode(program, {"z": x, "y": x[:2]}, like=(x,)), r"one length, got lengths \[2, 6\]"),
+        (lambda: decode(program, {"y": x}, like=(x,)), r"latents: the model has no latent 'y', but \['z'\]"),
+        (lambda: decode(program, {"z": x[:, :2]}), "no `blank` method"),
+        (lambda: pv.sample(cvae(), 3, torch.tensor([0, 1])), "c: expected 3 conditions, one per sample, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_which_observed_site():
+    pair = Pair(two_outputs, unit_guide)
+    with pytest.raises(ValueError, match=r"site: the model observes \['a', 'b'\]; say which"):
+        pv.reconstruct(pair, X)
+    assert pv.reconstruct(pair, X, site="b").shape == (ROWS,)
+    with seeded(0):
+        assert pv.log_likelihood(pair, X, 3).value.shape == (ROWS,)
