@@ -13,18 +13,13 @@ matplotlib.use("agg")
 torch.set_num_threads(1)  # workers run side by side; threads that wait for each other's cores are slow
 
 
-def data_root() -> Path:
-    """The folder with real data: PPL_VAE_DATA, or ../shared/data beside the repository; skips without one."""
-    folder = Path(os.environ.get("PPL_VAE_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-    if not (folder / "MNIST" / "raw").is_dir():
-        pytest.skip(f"no real data at {folder}; name the folder by PPL_VAE_DATA")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with real data."""
-    return data_root()
+    """The folder with real data: PPL_VAE_DATA, or ../shared/data beside the repository; skips without one."""
+    root = Path(os.environ.get("PPL_VAE_DATA") or Path(__file__).parents[1] / "../shared/data").resolve()
+    if not (root / "MNIST" / "raw").is_dir():
+        pytest.skip(f"no MNIST/raw in {root}; set PPL_VAE_DATA to a folder that has it")
+    return root
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

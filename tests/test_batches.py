@@ -78,6 +78,16 @@ def test_an_epoch_holds_every_row_once_however_the_data_come(form):
         assert torch.equal(plain, X)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: [x], lambda x: TensorDataset(x)])
+def test_data_come_in_the_precision_of_the_pair(precision, form):
+    program = vae().to(precision)
+    for data in (form(X), form(X.double())):
+        (batch,) = prepare(as_pair(program), data, 50).batches(50)
+        assert batch[0].dtype == precision
+        fit(program, data, epochs=1)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_fit_takes_them_all(form):
     run = fit(vae(), FORMS[form](), FORMS[form](), epochs=2, batch_size=16)

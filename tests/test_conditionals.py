@@ -159,14 +159,23 @@ def test_before_training_the_mean_and_scale_are_the_datas(scale, event):
 
 
 @pytest.mark.parametrize("scale", [pv.LearnedScale(), pv.NetScale()])
-def test_data_that_do_not_vary_start_the_scale_inside_its_bounds(scale):
+def test_data_that_hardly_vary_start_the_scale_inside_its_bounds(scale):
     normal = pv.Normal(pv.MLP(2, scale.channels * D), scale)
-    normal.start_from(torch.full((10, D), 0.5))
+    normal.start_from(1e-6 * torch.randn(10, D))
+    nn.init.zeros_(normal.net[-1].weight)
     log_scale = normal(torch.zeros(1, 2)).stddev.log()
     torch.testing.assert_close(log_scale, torch.full((1, D), -0.99 * LOG_SCALE_LIMIT))
     log_scale.sum().backward()
     raw = normal.scale.raw if isinstance(scale, pv.LearnedScale) else normal.net[-1].bias
     assert (raw.grad != 0).any()  # it can still leave
+
+
+@pytest.mark.parametrize("scale", [pv.LearnedScale(0.4), pv.NetScale()])
+def test_data_that_do_not_vary_say_nothing_of_the_scale(scale):
+    normal, z = pv.Normal(pv.MLP(2, scale.channels * D), scale), torch.randn(3, 2)
+    before = normal(z).stddev
+    normal.start_from(torch.full((10, D), 0.5))
+    assert torch.equal(normal(z).stddev, before)
 
 
 def test_a_net_of_another_width_is_left_as_it_was():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gzip
-import os
 import struct
 from collections import Counter
 from pathlib import Path
@@ -20,14 +19,6 @@ from torchvision import datasets
 from ppl_vae import data
 
 IDX = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
-
-
-def data_root() -> Path:
-    """The folder of real data, or a skip that says where it was looked for."""
-    root = Path(os.environ.get("PPL_VAE_DATA") or Path(__file__).parents[1] / "../shared/data").resolve()
-    if not (root / "MNIST" / "raw").is_dir():
-        pytest.skip(f"no MNIST/raw in {root}; set PPL_VAE_DATA to a folder that has it")
-    return root
 
 
 def parts(images: data.Images) -> tuple[data.Split, data.Split, data.Split]:
@@ -388,8 +379,8 @@ def test_damaged_and_missing_files_are_refused(tmp_path):
 
 @pytest.mark.data
 @pytest.mark.parametrize(("load", "mean"), [(data.mnist, 0.1307), (data.fashion_mnist, 0.2860)])
-def test_real_data(load, mean):
-    root = data_root()
+def test_real_data(load, mean, real_data):
+    root = real_data
     before = snapshot(root)
     images = load(root, download=False)
     assert snapshot(root) == before  # it holds packed files only, and may be read-only
