@@ -43,6 +43,7 @@ class Data:
             raise ValueError("Data: at least one column is needed")
         self.columns = tuple(_as_tensor(c, f"column {i}") for i, c in enumerate(columns))
         self.transform = transform
+        self.dtype: torch.dtype | None = None  # of the pair that takes them
         lengths = [len(c) if c.dim() else 0 for c in self.columns]
         if lengths[0] == 0:
             raise ValueError("Data: column 0 is empty; at least one row is needed")
@@ -58,16 +59,24 @@ class Data:
 
     def __getitem__(self, rows: slice | Tensor) -> Data:
         """Some of the rows, under the same transform."""
-        return Data(*(c[rows] for c in self.columns), transform=self.transform)
+        return self.having(c[rows] for c in self.columns)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Data:
         """The same data on a device and in a floating precision; what is so already is not copied."""
-        return Data(*(_placed(c, device, dtype) for c in self.columns), transform=self.transform)
+        data = self.having(_placed(c, device, dtype) for c in self.columns)
+        data.dtype = dtype or self.dtype
+        return data
+
+    def having(self, columns: Iterable[Tensor]) -> Data:
+        """Other columns, presented in the same way."""
+        data = Data(*columns, transform=self.transform)
+        data.dtype = self.dtype
+        return data
 
     def present(self, rows: slice | Tensor) -> Batch:
         """A batch of some rows as the model sees it, transformed."""
         first, *rest = (c[rows] for c in self.columns)
-        first = _pixels(first)
+        first = _pixels(first, self.dtype)
         return (first if self.transform is None else self.transform(first), *rest)
 
     def batches(self, size: int, *, order: Tensor | None = None) -> Iterator[Batch]:
@@ -135,7 +144,7 @@ class Stream:
         for item in source:
             empty = False
             first, *rest = (_placed(t, self.device, self.dtype) for t in _as_batch(item)[: self.width])
-            yield (_pixels(first), *rest)
+            yield (_pixels(first, self.dtype), *rest)
         if empty:
             raise ValueError("data: the iterable gave no batch; at least one is needed")
 
@@ -192,7 +201,7 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
         inspect(pair, first)
         return source
     _check_count(len(source.columns), least)
-    source = Data(*source.columns[:most], transform=source.transform)
+    source = source.having(source.columns[:most])
     for i, column in enumerate(source.columns):
         check_finite(column, f"data column {i}")
     own_check(pair, source.columns)
@@ -202,7 +211,7 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
     for site, (position, family, support) in layout.observed.items():
         if position is not None and support is not None and not (position == 0 and source.transform):
             column = source.columns[position]
-            column = _pixels(column) if position == 0 else column
+            column = _pixels(column, source.dtype) if position == 0 else column
             check_values(site, column, family, support)
     return source
 
@@ -228,9 +237,9 @@ def _check_count(count: int, least: int) -> None:
         )
 
 
-def _pixels(first: Tensor) -> Tensor:
+def _pixels(first: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The first tensor of a batch as it is presented: bytes as x / 255."""
-    return first.float() / 255.0 if first.dtype == torch.uint8 else first
+    return first.to(dtype or torch.get_default_dtype()) / 255.0 if first.dtype == torch.uint8 else first
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

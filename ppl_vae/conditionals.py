@@ -130,6 +130,8 @@ class NetScale(Scale):
 
     def __init__(self, limit: float = LOG_SCALE_LIMIT) -> None:
         super().__init__()
+        if not 0 < limit < math.inf:
+            raise ValueError(f"limit must be positive and finite, got {limit}")
         self.limit = limit
 
     def forward(self, raw: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -336,7 +336,10 @@ def _template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batc
         blank = getattr(pair.program, "blank", None)
         if not callable(blank):
             raise ValueError("program: it has no `blank` method that tells its shapes; pass like=batch")
-        like = blank(size, *placed(pair, context))
+        try:
+            like = blank(size, *placed(pair, context))
+        except TypeError as error:
+            raise ValueError(f"context: {len(context)} conditions do not suit the program ({error})") from error
     if len(like[0]) != size:
         raise ValueError(f"like: expected a batch of {size} rows, got {len(like[0])}")
     return placed(pair, like)

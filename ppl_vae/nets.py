@@ -15,7 +15,7 @@ from torch import Tensor, nn
 __all__ = ["MLP", "Concat", "OneHot", "output_bias"]
 
 
-class MLP(nn.Sequential):
+def MLP(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:  # noqa: N802
     """A multilayer perceptron ``(..., sizes[0]) -> (..., sizes[-1])`` with a linear last layer.
 
     Weights and biases start as ``torch.nn.Linear`` starts them.
@@ -30,15 +30,13 @@ class MLP(nn.Sequential):
     >>> MLP(784, 200, 200, 50)(torch.zeros(5, 3, 784)).shape
     torch.Size([5, 3, 50])
     """
-
-    def __init__(self, *sizes: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
-        if len(sizes) < 2 or min(sizes) < 1:
-            raise ValueError(f"MLP: sizes must be two or more positive widths, got {sizes}")
-        layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            linear = nn.Linear(fan_in, fan_out)
-            layers += [activation(), linear] if i else [linear]
-        super().__init__(*layers)
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"MLP: sizes must be two or more positive widths, got {sizes}")
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+        linear = nn.Linear(fan_in, fan_out)
+        layers += [activation(), linear] if i else [linear]
+    return nn.Sequential(*layers)
 
 
 class OneHot(nn.Module):

@@ -183,13 +183,13 @@ class Pair(nn.Module):
             self.expected[key.removeprefix("params.")] = state.pop(key)
 
     def _loaded(self, name: str, like: Tensor) -> Tensor | None:
-        stored = self.expected.pop(_key(name), None)
+        stored = self.expected.get(_key(name))
         if stored is not None and stored.shape != like.shape:
             raise ValueError(
                 f"param {name!r}: the loaded weights have shape {tuple(stored.shape)}, "
                 f"the program's {tuple(like.shape)}"
             )
-        return stored
+        return self.expected.pop(_key(name), None)
 
     def own(self, name: str, init: Any, constraint: constraints.Constraint) -> Tensor:
         """The constrained value of a ``pyro.param`` statement, created from ``init`` when first met."""
