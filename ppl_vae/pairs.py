@@ -148,17 +148,18 @@ class Pair(nn.Module):
     @contextmanager
     def _own_params(self) -> Iterator[None]:
         # PyroModules write to Pyro's store all the same: they find an empty one, and the user's is put back.
-        count = len(self.constraints)
+        count = len(self.params)
         with pyro.get_param_store().scope(), _OwnParams(self):
             yield
-        if len(self.constraints) > count:
+        if len(self.params) > count:
             self._release()
 
     def _release(self) -> None:
         """Leave to PyroModules, such as automatic guides, the parameters they have just registered as theirs."""
         theirs = {id(p) for p in self.programs.parameters()}
-        for name in [n for n in self.constraints if id(self.params[_key(n)]) in theirs]:
-            del self.constraints[name], self.params[_key(name)]
+        for key in [k for k, p in self.params.items() if id(p) in theirs]:
+            del self.params[key]
+        self.constraints = {n: c for n, c in self.constraints.items() if _key(n) in self.params}
 
     def adopt(self, name: str, parameter: Tensor) -> None:
         """Make a closed-over module's parameter one of the pair's, unless it is already.

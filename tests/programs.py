@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.distributions import constraints
@@ -202,10 +202,10 @@ class PyroGuide(PyroModule):
             pyro.sample("z", dist.Normal(self.net(x), self.scale).to_event(1))
 
 
-def auto_normal(dtype=torch.float32):
-    """A guide that Pyro writes, one row of parameters per datum."""
+def automatic(guide, dtype=torch.float32):
+    """A guide that Pyro writes: parameters for each datum, or one vector for all."""
     model = OneLevel().to(dtype).model
-    return Pair(model, AutoNormal(model).to(dtype))
+    return Pair(model, guide(model).to(dtype))
 
 
 class Discrete(nn.Module):
@@ -327,7 +327,8 @@ PROGRAMS = {
     "closed over": closed_over,
     "pyro module": PyroProgram,
     "pyro guide": lambda dtype: Pair(OneLevel().to(dtype).model, PyroGuide().to(dtype)),
-    "auto normal": auto_normal,
+    "auto normal": lambda dtype: automatic(AutoNormal, dtype),
+    "auto diagonal": lambda dtype: automatic(AutoDiagonalNormal, dtype),
     "bernoulli": Discrete,
     "category": partial(Discrete, category=True),
     "baseline": partial(Discrete, baseline=True),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from programs import LATENT, PROGRAMS, ROWS, WIDTH, Nested, OneLevel, PyroGuide, PyroProgram, case, closed_over
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.distributions import constraints
@@ -206,11 +206,13 @@ def test_two_nets_of_one_name_are_refused():
 def test_pyro_modules_however_they_were_built(local):
     with pyro.settings.context(module_local_params=local):
         program, guide = PyroProgram(), PyroGuide()
-        auto = AutoNormal(model)
-    for pair in (as_pair(program), Pair(OneLevel().model, guide), Pair(model, auto)):
+        auto, vector = AutoNormal(model), AutoMultivariateNormal(model)
+    for pair in (as_pair(program), Pair(OneLevel().model, guide), Pair(model, auto), Pair(model, vector)):
         inspect(pair, (X,))
-        assert not pair.params
+        assert not pair.params, "no parameter twice"
         assert any(name.endswith("_unconstrained") for name in names(pair))
+        if vector in pair.programs:
+            continue  # it has no table per datum
         gradients = torch.autograd.grad(log_terms(pair, X).weight().sum(), [*pair.parameters()], allow_unused=True)
         assert sum(g is not None for g in gradients) >= 2
 
