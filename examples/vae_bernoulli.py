@@ -59,7 +59,7 @@ def main() -> None:
         scheduler=partial(CosineAnnealingLR, T_max=epochs),
         hooks=[pv.Film(a.out / "bernoulli_film.gif", (images.valid.x[:30].round(),), images.shape, frames=20)],
     )
-    print(f"{images.name}: {run.history[-1]['rate']:,.0f} images per second")
+    print(f"{images.name}: {run.history[-1]['per_second']:,.0f} images per second")
     print(pv.elbo(vae, test))
     print(pv.log_likelihood(vae, test[:1000], particles=20 if a.smoke else 500))
     plots.save(plots.curves(run.history), a.out / "bernoulli_curves.png")

@@ -17,11 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ppl_vae.batches import Data, as_data, prepare
+from ppl_vae.batches import Data, as_data
+from ppl_vae.evaluate import presented
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.rng import seeded
-from ppl_vae.sites import Site
-from ppl_vae.traces import log_terms, predict, run_pair
+from ppl_vae.sites import Site, data_first
+from ppl_vae.traces import by_datum, log_terms, predict, run_pair
 
 __all__ = ["build", "to_arviz"]
 
@@ -88,7 +89,7 @@ def to_arviz(
             batch = tuple(column[start : start + size] for column in columns)
             parts.append(_draw(pair, batch, draws, (seed * 1_000_003 + start) % 2**63, sites, predictive))
     groups = {group: _joined([part[group] for part in parts]) for group in parts[0]}
-    groups["observed_data"] = {n: _lead(s["value"], s, 0).cpu() for n, s in model.items() if s["is_observed"]}
+    groups["observed_data"] = {n: data_first(s, s["value"]).cpu() for n, s in model.items() if s["is_observed"]}
     arrays = {
         group: {n: t.numpy() if group == "observed_data" else t[None].numpy() for n, t in values.items()}
         for group, values in groups.items()
@@ -128,13 +129,11 @@ def build(
 def _first(pair: Pair, data: Any, count: int, seed: int) -> Batch:
     """The first `count` data as the model sees them, checked, on the pair's device."""
     source = as_data(data)
-    source = prepare(pair, source[:count] if isinstance(source, Data) else source)
     batches: list[Batch] = []
-    with seeded(seed, pair.device):  # a transform may draw
-        for batch in source.batches(count):
-            batches.append(batch)
-            if sum(len(seen[0]) for seen in batches) >= count:
-                break
+    for row, batch in presented(pair, source[:count] if isinstance(source, Data) else source, count, seed):
+        batches.append(batch)
+        if row + len(batch[0]) >= count:
+            break
     return tuple(torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
 
 
@@ -160,7 +159,7 @@ def _draw(pair: Pair, batch: Batch, draws: int, seed: int, sites: Mapping[str, S
     observed = [name for name, site in sites.items() if site["is_observed"]]
     # Log-densities in float64: ArviZ fits Pareto tails in the type it is given, and fails in float32.
     groups: Groups = {
-        "posterior": {n: _lead(z, sites[n], 1).cpu() for n, z in terms.samples.items()},
+        "posterior": {n: by_datum(sites[n], z).cpu() for n, z in terms.samples.items()},
         "log_likelihood": {observed[0] if len(observed) == 1 else "all": terms.likelihood.double().cpu()},
         "sample_stats": {"log_weight": terms.weight().double().cpu()},
     }
@@ -168,22 +167,13 @@ def _draw(pair: Pair, batch: Batch, draws: int, seed: int, sites: Mapping[str, S
         # The guide runs first in both, so under one seed it draws the same z: the groups belong together.
         with seeded(seed, device):
             values = predict(pair, *batch, latents="guide", particles=draws)[1]
-        groups["posterior_predictive"] = {n: _lead(x, sites[n], 1).cpu() for n, x in values.items()}
+        groups["posterior_predictive"] = {n: x.cpu() for n, x in values.items()}
     return groups
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Batches side by side along the data, dim 1."""
     return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-
-
-def _lead(value: Tensor, site: Site, dim: int) -> Tensor:
-    """Move the data to `dim`, left of the inner plates, and drop dimensions of plates the site is not in."""
-    event = site["fn"].event_dim
-    value = value.movedim(value.dim() - 1 - event, dim)
-    inner = value.dim() - event - dim - 1  # they stood at -2, -3, ... of the batch shape
-    plates = {frame.dim for frame in site["cond_indep_stack"]}
-    return value.squeeze(tuple(dim + 1 + k for k in range(inner) if k - inner - 1 not in plates))
 
 
 def _dims(name: str, site: Site) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from inspect import Parameter, signature
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ppl_vae.layout import check_finite, check_values, inspect, own_check
+from ppl_vae.layout import Layout, check_rows, check_supports, inspect
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.rng import seeded
 
@@ -119,6 +121,7 @@ class Stream:
         self.source, self.shuffled, self.device = source, shuffled, device
         self.dtype: torch.dtype | None = None
         self.width: int | None = None  # how many of a batch's tensors to pass on
+        self.check: Callable[[Batch], None] | None = None  # refuses a batch, before it goes to the device
 
     def __repr__(self) -> str:
         return f"Stream({type(self.source).__name__})"
@@ -126,7 +129,7 @@ class Stream:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Stream:
         """The same stream, its batches moved to a device and a floating precision as they come."""
         stream = Stream(self.source, self.shuffled, device)
-        stream.dtype, stream.width = dtype or self.dtype, self.width
+        stream.dtype, stream.width, stream.check = dtype or self.dtype, self.width, self.check
         return stream
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
@@ -141,9 +144,16 @@ class Stream:
 
     def _read(self, source: Iterable[Any]) -> Iterator[Batch]:
         empty = True
-        for item in source:
+        for number, item in enumerate(source):
             empty = False
-            first, *rest = (_placed(t, self.device, self.dtype) for t in _as_batch(item)[: self.width])
+            batch = tuple(_placed(t, t.device, self.dtype) for t in _as_batch(item)[: self.width])
+            if self.check is not None:
+                try:
+                    self.check((_pixels(batch[0], self.dtype), *batch[1:]))
+                except ValueError as error:
+                    which = "shuffled data" if source is self.shuffled else "data"
+                    raise ValueError(f"{which} batch {number}: {error}") from error
+            first, *rest = (_placed(t, self.device, self.dtype) for t in batch)
             yield (_pixels(first, self.dtype), *rest)
         if empty:
             raise ValueError("data: the iterable gave no batch; at least one is needed")
@@ -160,7 +170,7 @@ def as_data(data: Any, batch_size: int = 128) -> Source:
         batch_size: used for a Dataset only.
 
     Raises:
-        ValueError: something that holds no tensors, or holds no rows.
+        ValueError: something that holds no tensors, or holds no rows; a list of columns, which is no tuple.
     """
     if isinstance(data, Data | Stream):
         return data
@@ -168,6 +178,11 @@ def as_data(data: Any, batch_size: int = 128) -> Source:
         return Data(data)
     if isinstance(data, tuple) and all(isinstance(c, Tensor | np.ndarray) for c in data):
         return Data(*data)
+    if isinstance(data, list) and _ranks_differ(data):
+        raise ValueError(
+            "data: a list is read as batches of one column, but its tensors differ in rank, shapes "
+            f"{[tuple(c.shape) for c in data[:4]]}; give columns as a tuple, (x, y)"
+        )
     if isinstance(data, Dataset):
         if isinstance(data, IterableDataset):
             return Stream(DataLoader(data, batch_size=batch_size))
@@ -185,34 +200,27 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
     """Data for a pair: on its device, with no more columns than the model takes, checked before any use.
 
     Columns beyond the model's arguments (labels, say) are left out. Everything in memory is checked now, for
-    NaN and for values outside what the likelihood is defined on; a stream is checked on its first batch.
+    NaN and for values outside what the likelihood is defined on. A stream is checked on its first batch now,
+    and on every batch when it comes, before that goes to the device.
 
     Raises:
-        ValueError: the data do not suit the pair; the message names the site or column, the row, the value.
+        ValueError: the data do not suit the pair (the message names the site or column, the row, the value), or
+            ``batch_size`` is no int of at least 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_size(batch_size)
     device = pair.device if device is None else device
     source, (least, most) = as_data(data, batch_size).to(device, pair.dtype), _arity(pair)
     if isinstance(source, Stream):
-        source.width = most
-        first = next(source.batches())
-        _check_count(len(first), least)
-        inspect(pair, first)
+        source.width, source.check = most, partial(_check_batch, pair, least, None)
+        source.check = partial(_check_batch, pair, least, inspect(pair, next(source.batches())))
         return source
     _check_count(len(source.columns), least)
     source = source.having(source.columns[:most])
-    for i, column in enumerate(source.columns):
-        check_finite(column, f"data column {i}")
-    own_check(pair, source.columns)
+    check_rows(pair, source.columns, "data column")
     with seeded(0, device):  # a transform may draw
         first = source.present(slice(0, batch_size))
-    layout = inspect(pair, first)
-    for site, (position, family, support) in layout.observed.items():
-        if position is not None and support is not None and not (position == 0 and source.transform):
-            column = source.columns[position]
-            column = _pixels(column, source.dtype) if position == 0 else column
-            check_values(site, column, family, support)
+    first_column = None if source.transform else _pixels(source.columns[0], source.dtype)
+    check_supports(inspect(pair, first), (first_column, *source.columns[1:]))
     return source
 
 
@@ -228,6 +236,26 @@ def _arity(pair: Pair) -> tuple[int, int | None]:
     named = [p for p in takes if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     least = sum(p.default is Parameter.empty for p in named)
     return least, None if any(p.kind is Parameter.VAR_POSITIONAL for p in takes) else len(named)
+
+
+def _ranks_differ(items: list[Any]) -> bool:
+    """Whether a list holds nothing but tensors and arrays that cannot all be batches of one column."""
+    return all(isinstance(c, Tensor | np.ndarray) for c in items) and len({c.ndim for c in items}) > 1
+
+
+def _check_size(size: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, Integral):
+        raise ValueError(f"batch_size must be an int, got {size!r}")
+    if int(size) < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+
+
+def _check_batch(pair: Pair, least: int, layout: Layout | None, batch: Batch) -> None:
+    """Raise ValueError unless a batch of a stream suits a pair; without its layout, supports are left out."""
+    _check_count(len(batch), least)
+    check_rows(pair, batch, "tensor")
+    if layout is not None:
+        check_supports(layout, batch)
 
 
 def _check_count(count: int, least: int) -> None:

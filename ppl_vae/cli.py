@@ -67,7 +67,7 @@ def train(args: argparse.Namespace) -> int:
     try:
         run, folder = train_run(config, out, force=args.force, progress=not args.quiet)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error} They are saved in {out}.") from error
+        raise NonFiniteError(f"{error} They are saved in {out}.", error.run) from error
     print(f"{run.reason}: {run.epoch} epochs, {run.step} steps, {sum(r['seconds'] for r in run.history):.1f} s")
     if run.history:
         kept = run.history[(run.best_epoch or run.epoch) - 1]

@@ -30,6 +30,7 @@ from ppl_vae.nets import MLP, Concat, OneHot
 from ppl_vae.objectives import ELBO, IWAE, Objective
 from ppl_vae.posteriors import mean_field
 from ppl_vae.priors import StandardNormal, conditional_normal
+from ppl_vae.rng import seeded
 from ppl_vae.traces import KL
 
 __all__ = ["Config", "build", "images_of", "objective_of", "presented"]
@@ -201,7 +202,8 @@ def build(config: Config, shape: Sequence[int], classes: int = 0) -> nn.Module:
     width = 1
     for size in shape:
         width *= size
-    return MODELS[config.model](config, width, classes)
+    with seeded(config.seed):
+        return MODELS[config.model](config, width, classes)
 
 
 def objective_of(config: Config) -> Objective:

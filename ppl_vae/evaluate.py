@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppl_vae.batches import placed, prepare
+from ppl_vae.batches import Data, prepare
+from ppl_vae.estimates import ActiveUnits, Estimate
+from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.rng import seeded
-from ppl_vae.traces import KL, LogTerms, guide_means, log_terms, predict
+from ppl_vae.traces import KL, LogTerms, guide_means, inspect_shapes, log_terms, predict
 
 __all__ = [
     "ActiveUnits",
@@ -28,54 +30,10 @@ __all__ = [
     "elbo",
     "encode",
     "log_likelihood",
+    "presented",
     "reconstruct",
     "sample",
 ]
-
-Direction = Literal["lower", "upper", "unbiased"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An estimate for each of N data, with its direction and its errors.
-
-    Attributes:
-        value: nats per datum, float64 (N,).
-        stderr: Monte Carlo standard error of each value, (N,); NaN where one particle says nothing of it.
-        direction: whether the expected value lies below log p(x), above it, or at it.
-        diagnostics: further numbers per datum, name -> (N,), such as the effective sample size.
-        name: what was estimated, for printing.
-    """
-
-    value: Tensor
-    stderr: Tensor
-    direction: Direction
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)
-    name: str = "log p(x)"
-
-    @property
-    def mean(self) -> float:
-        """The mean over data."""
-        return float(self.value.mean())
-
-    @property
-    def mean_stderr(self) -> float:
-        """Standard error of the mean over data drawn from the population; it includes the Monte Carlo error."""
-        return _stderr(self.value)
-
-    @property
-    def monte_carlo_stderr(self) -> float:
-        """Standard error of the mean from the draws alone, these data held fixed."""
-        return float(self.stderr.square().sum().sqrt()) / len(self.stderr)
-
-    def __str__(self) -> str:
-        kind = {"lower": "lower bound", "upper": "upper bound", "unbiased": "unbiased"}[self.direction]
-        draws = self.monte_carlo_stderr
-        error = "" if math.isnan(draws) else f"; Monte Carlo s.e. {draws:.3f}"
-        return (
-            f"{self.name} = {self.mean:.3f} ± {self.mean_stderr:.3f} nats per datum "
-            f"({kind}; {len(self.value)} data{error})"
-        )
 
 
 @torch.no_grad()
@@ -106,13 +64,13 @@ def log_likelihood(
         ``ess``, the effective sample size (Σw)² / Σw²; where it is a few, distrust value and error alike.
 
     Raises:
-        ValueError: fewer than one particle or chunk; data that do not suit the pair.
+        ValueError: fewer than one particle or chunk; data that do not suit the pair; a weight that is NaN.
     """
     _positive(particles=particles, chunk=chunk)
     values, errors, sizes = [], [], []
     with _judging(program, seed) as pair:
-        for batch in prepare(pair, data, batch_size).batches(batch_size):
-            first, second = _streamed_sums(pair, batch, particles, chunk)
+        for row, batch in presented(pair, data, batch_size, seed):
+            first, second = _streamed_sums(pair, batch, row, particles, chunk)
             ess = (2 * first - second).exp()
             values.append(first - math.log(particles))
             errors.append(_delta_stderr(ess, particles))
@@ -121,23 +79,52 @@ def log_likelihood(
     return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}")
 
 
-def _streamed_sums(pair: Pair, batch: Batch, particles: int, chunk: int) -> tuple[Tensor, Tensor]:
+def presented(pair: Pair, data: Any, batch_size: int, seed: int) -> Iterator[tuple[int, Batch]]:
+    """Data checked, in order, as (number of the first row, batch).
+
+    Each batch is presented under a seed of its own, so that redrawn pixels depend on ``seed`` and
+    ``batch_size`` alone: whatever is drawn between batches, all estimates judge the same pixels.
+    """
+    batches, row, number = prepare(pair, data, batch_size).batches(batch_size), 0, 0
+    while True:
+        with seeded(Random(f"{seed} {number}").getrandbits(63), pair.device):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield row, batch
+        row, number = row + len(batch[0]), number + 1
+
+
+def _chunks(
+    pair: Pair, batch: Batch, row: int, particles: int, chunk: int, kl: KL = "sampled"
+) -> Iterator[tuple[LogTerms, Tensor]]:
+    """Exactly ``particles`` draws, at most ``chunk`` at a time: their terms and their log weights."""
+    for start in range(0, particles, chunk):
+        terms = log_terms(pair, *batch, particles=min(chunk, particles - start), kl=kl)
+        yield terms, _judged(terms, batch, row)
+
+
+def _streamed_sums(pair: Pair, batch: Batch, row: int, particles: int, chunk: int) -> tuple[Tensor, Tensor]:
     """Log Σ w and log Σ w² over exactly ``particles`` draws, each (B,) in float64."""
     first = second = torch.full((len(batch[0]),), -math.inf, dtype=torch.float64, device=batch[0].device)
-    for start in range(0, particles, chunk):
-        weight = _judged(log_terms(pair, *batch, particles=min(chunk, particles - start)), batch)
+    for _, weight in _chunks(pair, batch, row, particles, chunk):
         first = torch.logaddexp(first, weight.logsumexp(0))
         second = torch.logaddexp(second, (2 * weight).logsumexp(0))
     return first, second
 
 
-def _judged(terms: LogTerms, batch: Batch) -> Tensor:
-    """Log weights (K, B) in float64, one column for each datum of the batch."""
+def _judged(terms: LogTerms, batch: Batch, row: int) -> Tensor:
+    """Log weights (K, B) in float64, one column for each datum of the batch, whose first is ``row``."""
     weight = terms.weight().double()
     if weight.shape[1] != len(batch[0]):
         raise ValueError(
             f"program: {weight.shape[1]} rows in its data plate for a batch of {len(batch[0])}; "
             "to judge each datum, the plate must hold the whole batch"
+        )
+    if bool((wrong := weight.isnan().any(0)).any()):  # -inf is an answer: a datum that the model cannot make
+        raise ValueError(
+            f"data: the log weight of row {row + int(wrong.nonzero()[0])} is NaN; look for parameters that "
+            "are NaN, and for scales that overflow or vanish there"
         )
     return weight
 
@@ -157,6 +144,7 @@ def elbo(
     *,
     kl: KL = "auto",
     batch_size: int = 100,
+    chunk: int = 100,
     seed: int = 0,
 ) -> Estimate:
     """The evidence lower bound, with the rate and the distortion it is made of.
@@ -167,6 +155,7 @@ def elbo(
         particles: draws per datum that are averaged.
         kl: "auto" takes the KL in closed form where it holds; "sampled" and "analytic" as in `ELBO`.
         batch_size: data per batch.
+        chunk: particles per batch held at once.
         seed: fixes the draws, and redrawn pixels.
 
     Returns:
@@ -174,41 +163,30 @@ def elbo(
         the ELBO is -(rate + distortion) (Alemi et al. 2018).
 
     Raises:
-        ValueError: fewer than one particle; data that do not suit the pair.
+        ValueError: fewer than one particle or chunk; data that do not suit the pair; a weight that is NaN.
     """
-    _positive(particles=particles)
-    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    _positive(particles=particles, chunk=chunk)
+    columns = []
     with _judging(program, seed) as pair:
-        for batch in prepare(pair, data, batch_size).batches(batch_size):
-            terms = log_terms(pair, *batch, particles=particles, kl=kl)
-            weight = _judged(terms, batch)
-            spread = weight.std(0) if particles > 1 else torch.full_like(weight[0], math.nan)
-            columns.append(
-                (weight.mean(0), spread / math.sqrt(particles), terms.rate.mean(0), -terms.likelihood.mean(0))
-            )
-    value, stderr, rate, distortion = (torch.cat(parts).double().cpu() for parts in zip(*columns, strict=True))
+        for row, batch in presented(pair, data, batch_size, seed):
+            columns.append(_streamed_means(pair, batch, row, particles, chunk, kl))
+    value, rate, distortion, stderr = torch.cat(columns, 1).cpu()
     return Estimate(value, stderr, "lower", {"rate": rate, "distortion": distortion}, "ELBO")
 
 
-@dataclass(frozen=True)
-class ActiveUnits:
-    """Which latent dimensions a guide uses: those whose posterior mean varies over the data.
-
-    Attributes:
-        variance: latent site -> Var_x(E_q[z | x]), one number per dimension.
-        threshold: a unit with more than this is active.
-    """
-
-    variance: dict[str, Tensor]
-    threshold: float
-
-    @property
-    def count(self) -> dict[str, int]:
-        """Latent site -> number of active units."""
-        return {name: int((v > self.threshold).sum()) for name, v in self.variance.items()}
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {self.count[name]} of {v.numel()}" for name, v in self.variance.items())
+def _streamed_means(pair: Pair, batch: Batch, row: int, particles: int, chunk: int, kl: KL) -> Tensor:
+    """Means of weight, rate and distortion over the draws, and the first one's standard error: float64 (4, B)."""
+    zero = torch.zeros(len(batch[0]), dtype=torch.float64, device=batch[0].device)
+    sums, centre, first, second = zero.expand(3, -1), None, zero, zero
+    for terms, weight in _chunks(pair, batch, row, particles, chunk, kl):
+        means = [weight.mean(0), terms.rate.double().mean(0), -terms.likelihood.double().mean(0)]
+        sums = sums + len(weight) * torch.stack(means)
+        centre = means[0] if centre is None else centre  # squares of what is left do not cancel
+        first, second = first + (weight - centre).sum(0), second + (weight - centre).square().sum(0)
+    if particles == 1:
+        return torch.stack([*sums, torch.full_like(zero, math.nan)])
+    variance = (second - first.square() / particles).clamp_min(0) / (particles - 1)
+    return torch.stack([*(sums / particles), (variance / particles).sqrt()])
 
 
 def active_units(
@@ -228,14 +206,15 @@ def active_units(
         threshold: variance above which a unit counts.
         particles: draws of earlier latents that the mean of a later one is averaged over.
         batch_size: data per batch.
-        seed: fixes those draws.
+        seed: fixes those draws, and redrawn pixels.
 
     Raises:
-        ValueError: fewer than two data.
+        ValueError: fewer than two data or one particle; data that do not suit the pair.
     """
+    _positive(particles=particles)
     with _judging(program, seed) as pair:
-        batches = prepare(pair, data, batch_size).batches(batch_size)
-        parts = [guide_means(pair, *b, particles=particles) for b in batches]
+        batches = presented(pair, data, batch_size, seed)
+        parts = [guide_means(pair, *b, particles=particles) for _, b in batches]
     means = {name: torch.cat([p[name] for p in parts]).double().cpu() for name in parts[0]}
     if len(next(iter(means.values()))) < 2:
         raise ValueError("data: active units need at least two data, got 1")
@@ -243,9 +222,20 @@ def active_units(
 
 
 def encode(program: Program | Pair, *batch: Tensor, particles: int = 1, seed: int = 0) -> dict[str, Tensor]:
-    """Posterior means E_q[z | x] of a batch: latent site -> (B, *event)."""
+    """Posterior means E_q[z | x] of a batch: latent site -> (B, *plates, *event).
+
+    Args:
+        program: the pair.
+        *batch: a batch as the model takes it.
+        particles: draws of earlier latents that the mean of a later one is averaged over.
+        seed: fixes those draws.
+
+    Raises:
+        ValueError: fewer than one particle; a batch that does not suit the pair.
+    """
+    _positive(particles=particles)
     with _judging(program, seed) as pair:
-        return guide_means(pair, *placed(pair, batch), particles=particles)
+        return guide_means(pair, *_checked(pair, batch), particles=particles)
 
 
 def reconstruct(program: Program | Pair, *batch: Tensor, site: str | None = None, seed: int = 0) -> Tensor:
@@ -258,10 +248,13 @@ def reconstruct(program: Program | Pair, *batch: Tensor, site: str | None = None
         seed: fixes the draws of latents that have no mean.
 
     Returns:
-        Means (B, *event).
+        Means (B, *plates, *event).
+
+    Raises:
+        ValueError: a batch that does not suit the pair; no such site, or several to choose from.
     """
     with _judging(program, seed) as pair:
-        return _only(predict(pair, *placed(pair, batch), latents="means")[2], site)[0]
+        return _only(predict(pair, *_checked(pair, batch), latents="means")[2], site)[0]
 
 
 def sample(
@@ -285,10 +278,10 @@ def sample(
         seed: fixes the draws.
 
     Returns:
-        Samples or means (size, *event).
+        Samples or means (size, *plates, *event).
 
     Raises:
-        ValueError: no way to know the shapes, fewer than one sample.
+        ValueError: no way to know the shapes, fewer than one sample, conditions that do not suit the pair.
     """
     _positive(size=size)
     with _judging(program, seed) as pair:
@@ -307,22 +300,25 @@ def decode(
 
     Args:
         program: the pair.
-        latents: latent site -> (B, *event), all sites that the observed one depends on.
+        latents: latent site -> (B, *plates, *event) as `encode` gives them, all sites that the observed one depends on.
         *context: conditions c, (B, ...).
         like: for a program without ``blank``: a batch of B rows of the right shapes.
         site: which observed site; may be left out where there is one.
 
     Returns:
-        Means (B, *event).
+        Means (B, *plates, *event).
 
     Raises:
-        ValueError: no latents, unknown ones, or of different lengths; no way to know the shapes.
+        ValueError: no latents, unknown ones, of other shapes or lengths, or NaN; no way to know the shapes;
+            conditions that do not suit the pair.
     """
-    sizes = {len(z) for z in latents.values()}
-    if len(sizes) != 1:
-        raise ValueError(f"latents: expected tensors of one length, got lengths {sorted(sizes)}")
     with _judging(program, 0) as pair:
-        given = dict(zip(latents, placed(pair, tuple(latents.values())), strict=True))
+        given = {name: _tensors(pair, (z,))[0] for name, z in latents.items()}
+        sizes = {len(z) for z in given.values()}
+        if len(sizes) != 1:
+            raise ValueError(f"latents: expected tensors of one length, got lengths {sorted(sizes)}")
+        for name, z in given.items():
+            check_finite(z, f"latents {name!r}")
         batch = _template(pair, sizes.pop(), context, like)
         drawn, _, means = predict(pair, *batch, latents=given)
     if unknown := set(given) - set(drawn):
@@ -330,19 +326,39 @@ def decode(
     return _only(means, site)[0]
 
 
+def _tensors(pair: Pair, columns: Batch) -> Batch:
+    """Tensors or arrays as tensors of the pair's device and precision."""
+    return Data(*columns).to(pair.device, pair.dtype).columns if columns else ()
+
+
+def _checked(pair: Pair, batch: Batch) -> Batch:
+    """A batch as the pair takes it, refused where `ppl_vae.fit` would refuse it."""
+    data = Data(*batch)
+    first = next(prepare(pair, data, len(data)).batches(len(data)))
+    if len(first) < len(batch):
+        raise ValueError(f"batch: the model takes {len(first)} tensors, got {len(batch)}")
+    return first
+
+
 def _template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batch:
-    """A batch of the right shapes for running the model freely."""
+    """A batch of the right shapes for running the model freely, with conditions that the program takes."""
     if like is None:
         blank = getattr(pair.program, "blank", None)
         if not callable(blank):
             raise ValueError("program: it has no `blank` method that tells its shapes; pass like=batch")
+        context = _tensors(pair, context)
         try:
-            like = blank(size, *placed(pair, context))
-        except TypeError as error:
-            raise ValueError(f"context: {len(context)} conditions do not suit the program ({error})") from error
+            like = blank(size, *context)
+        except (TypeError, RuntimeError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"context: {len(context)} conditions do not suit the program ({reason})") from error
+    elif context:
+        raise ValueError("like: it holds the conditions already; give either `like` or conditions")
     if len(like[0]) != size:
         raise ValueError(f"like: expected a batch of {size} rows, got {len(like[0])}")
-    return placed(pair, like)
+    like = _tensors(pair, like)
+    inspect_shapes(pair, like)
+    return like
 
 
 @contextmanager
@@ -365,7 +381,3 @@ def _positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-
-
-def _stderr(values: Tensor) -> float:
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan

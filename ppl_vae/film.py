@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ppl_vae.evaluate import reconstruct, sample
 from ppl_vae.files import PathLike, require_folder
 from ppl_vae.hooks import Hook
+from ppl_vae.pairs import Pair
+from ppl_vae.loop import Run
 from ppl_vae.plots import film_frame, write_gif
 from ppl_vae.plots.common import number
-from ppl_vae.train import Run
 
 __all__ = ["Film"]
 
@@ -61,17 +63,16 @@ class Film(Hook):
 
     def take(self, run: Run, caption: str) -> None:
         """Add a frame of the pair as it is."""
+        means = reconstruct(run.pair, *self.inputs)
+        self.pictures.append(film_frame(self.inputs[0], means, self._draws(run.pair), self.shape, caption))
+
+    def _draws(self, pair: Pair) -> Tensor:
         x, *context = self.inputs
-        draws = len(x) if context else self.draws
-        self.pictures.append(
-            film_frame(
-                x,
-                reconstruct(run.pair, *self.inputs),
-                sample(run.pair, draws, *context, mean=True, seed=1),
-                self.shape,
-                caption,
-            )
-        )
+        count = len(x) if context else self.draws
+        if callable(getattr(pair.program, "blank", None)):
+            return sample(pair, count, *context, mean=True, seed=1)
+        rows = torch.arange(count) % len(x)  # the inputs tell the shapes, as often as is needed
+        return sample(pair, count, like=tuple(column[rows] for column in self.inputs), mean=True, seed=1)
 
     def on_end(self, run: Run) -> None:
         """Write the film, also of a run that ended early; it closes with the weights that are kept."""

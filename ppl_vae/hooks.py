@@ -1,6 +1,6 @@
 """Hooks: what happens around training steps without being part of them.
 
-A hook gets the `ppl_vae.train.Run`, reads its history and settings, and may ask it to stop.
+A hook gets the `ppl_vae.loop.Run`, reads its history and settings, and may ask it to stop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ppl_vae.train import Run
+    from ppl_vae.loop import Run
 
 __all__ = ["Anneal", "EarlyStop", "Hook", "LogCSV", "LogTensorBoard", "Progress", "linear"]
 

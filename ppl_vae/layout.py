@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,11 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppl_vae.pairs import Batch, Pair
+from ppl_vae.pairs import Batch, Pair, evaluating
 from ppl_vae.rng import seeded
 from ppl_vae.sites import Site, base, plate_shape, statements
 
-__all__ = ["Layout", "check_finite", "check_values", "inspect", "own_check"]
+__all__ = ["Layout", "check_finite", "check_rows", "check_supports", "check_values", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Layout:
     Attributes:
         nesting: how many dimensions its plates take, the data plate at dim -1 being the first.
         latents: names of the latent sites, in the guide's order.
-        observed: observed site -> (position of its tensor in the batch or None, family, support or None).
+        observed: observed site -> (position of its tensor in the batch or None, family, support or None); a
+            tensor that the model reshapes first is found, a copy of it is not.
         score_only: latent sites without a reparameterised sampler.
         enumerated: latent sites that the model enumerates and the guide leaves out, as TraceEnum_ELBO allows.
         outside: sites outside the data plate; with any, there is no bound per datum.
@@ -45,18 +47,13 @@ def inspect(pair: Pair, batch: Batch) -> Layout:
     """Run a pair once on a batch, check its structure, and remember its layout in ``pair.layout``.
 
     Parameters that the programs create when first run exist afterwards. No random number is taken from the
-    caller's stream.
+    caller's stream, and running statistics (BatchNorm) stay as they are: modules run in evaluation mode.
 
     Raises:
         ValueError: the programs cannot take the batch (rank, width, type), their latents do not match, an
             observed value is outside its distribution's support; the message names the site or the tensor.
     """
-    lengths = {len(t) if t.dim() else 0 for t in batch}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"batch: tensors must share a first dimension of at least 1, got {_shapes(batch)}")
-    for i, column in enumerate(batch):
-        check_finite(column, f"batch tensor {i}")
-    own_check(pair, batch)
+    check_rows(pair, batch, "batch tensor")
     model, guide = _run(pair, batch)
     if pair.expected:
         raise ValueError(f"the loaded weights are another program's: it has no {min(pair.expected)!r}")
@@ -82,15 +79,17 @@ def inspect(pair: Pair, batch: Batch) -> Layout:
 
 def _run(pair: Pair, batch: Batch) -> tuple[dict[str, Site], dict[str, Site]]:
     try:
-        with seeded(None, batch[0].device), torch.no_grad(), pyro.validation_enabled(False):
+        with seeded(None, batch[0].device), torch.no_grad(), evaluating(pair), pyro.validation_enabled(False):
             guide = poutine.trace(pair.guide).get_trace(*batch)
             model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
     except (RuntimeError, IndexError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]  # Pyro adds a table of shapes
-        raise ValueError(
-            f"the program cannot take a batch of {_shapes(batch)}: {reason}. "
+        advice = (
             "Flat nets want x as (B, features): use x.flatten(1); check also the net's first width"
-        ) from error
+            if batch[0].is_floating_point()
+            else "Nets want floating-point x: use x.float()"
+        )
+        raise ValueError(f"the program cannot take a batch of {_shapes(batch)}: {reason}. {advice}") from error
     return statements(model), statements(guide)
 
 
@@ -130,11 +129,47 @@ def _observation(site: Site, batch: Batch) -> tuple[int | None, str, Any]:
     fn = base(fn)
     family, support = type(fn).__name__, fn.support
     check_values(site["name"], value, family, support)
-    position = next((i for i, t in enumerate(batch) if t is value), None)
+    position = _position(value, batch, elementwise=fn.support.event_dim == 0)
     # A support that depends on parameters speaks of this batch alone.
     declared = getattr(type(fn), "support", None)
     static = isinstance(declared, constraints.Constraint) and not isinstance(declared, property)
     return position, family, support if static else None
+
+
+def _position(value: Tensor, batch: Batch, elementwise: bool) -> int | None:
+    """Which tensor of the batch a value is: itself or, under a support of single entries, reshaped."""
+    same = [i for i, t in enumerate(batch) if t is value]
+    if elementwise and not same:
+        same = [i for i, t in enumerate(batch) if _entries(t) == _entries(value) is not None]
+    return same[0] if same else None
+
+
+def _entries(tensor: Tensor) -> tuple[int, int, torch.dtype] | None:
+    """Where a tensor's entries lie, whatever its shape; None if there are gaps or repeats among them."""
+    span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.data_ptr(), tensor.numel(), tensor.dtype) if span == tensor.numel() - 1 else None
+
+
+def check_rows(pair: Pair, columns: Batch, name: str) -> None:
+    """Raise ValueError unless columns share their rows, hold numbers only, and suit the program's own check."""
+    lengths = {len(t) if t.dim() else 0 for t in columns}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"batch: tensors must share a first dimension of at least 1, got {_shapes(columns)}")
+    for i, column in enumerate(columns):
+        check_finite(column, f"{name} {i}")
+    if callable(check := getattr(pair.program, "check", None)):
+        check(*columns)
+
+
+def check_supports(layout: Layout, columns: Sequence[Tensor | None]) -> None:
+    """Raise ValueError if a column, presented as the model sees it, has entries outside its site's support.
+
+    A column of None is not known, and left out; so are sites whose support depends on parameters.
+    """
+    for site, (position, family, support) in layout.observed.items():
+        column = columns[position] if position is not None and position < len(columns) else None
+        if column is not None and support is not None:
+            check_values(site, column, family, support)
 
 
 def check_values(site: str, value: Tensor, family: str, support: Any) -> None:
@@ -158,12 +193,6 @@ def check_finite(column: Tensor, name: str) -> None:
     if column.is_floating_point() and not bool(torch.isfinite(column).all()):
         row = int((~torch.isfinite(column)).reshape(len(column), -1).any(1).nonzero()[0])
         raise ValueError(f"{name}: row {row} holds NaN or infinity; remove or impute it")
-
-
-def own_check(pair: Pair, batch: Batch) -> None:
-    """Let the program refuse the data in its own words, if it has any."""
-    if callable(check := getattr(pair.program, "check", None)):
-        check(*batch)
 
 
 def _shapes(batch: Batch) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ppl_vae.bounds import Bound, elbo, iwae
 from ppl_vae.estimators import Estimator, pathwise, require_reparameterised
-from ppl_vae.layout import inspect
+from ppl_vae.layout import Layout, inspect
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.traces import KL, log_terms, require_guided
 
@@ -30,6 +30,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, pair: Pair, *batch: Tensor) -> Tensor:
         """Return one value per datum, (B,), differentiable in the pair's parameters."""
+
+    def per_datum(self, pair: Pair) -> bool:
+        """Whether the values are those of each datum, or the mean of the batch repeated."""
+        return True
 
 
 class BoundObjective(Objective):
@@ -121,7 +125,7 @@ class PyroObjective(Objective):
         layout = pair.layout or inspect(pair, batch)
         if not isinstance(self.loss, TraceEnum_ELBO | TraceTMC_ELBO):
             require_guided(layout)
-        if self.kl is not None and not layout.outside and not layout.score_only:
+        if self.kl is not None and self.per_datum(pair):
             particles = self.loss.num_particles
             terms = log_terms(pair, *batch, particles=particles, kl=self.kl, keep_scales=True)
             require_reparameterised(terms)
@@ -129,6 +133,11 @@ class PyroObjective(Objective):
         with pyro.get_param_store().scope(self.store):
             value = -self._through_pyro(pair, batch) / (layout.population or len(batch[0]))
         return value.expand(len(batch[0]))
+
+    def per_datum(self, pair: Pair) -> bool:
+        """Only where the ELBO is lowered; Pyro itself gives one number for a batch."""
+        layout: Layout = pair.layout
+        return self.kl is not None and not layout.outside and not layout.score_only
 
     def _through_pyro(self, pair: Pair, batch: Batch) -> Tensor:
         """Pyro's loss as a scalar tensor with Pyro's gradient.

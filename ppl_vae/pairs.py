@@ -27,9 +27,8 @@ Batch = tuple[Tensor, ...]
 class Program(Protocol):
     """Anything with a Pyro ``model`` and a Pyro ``guide`` of the same batch of tensors.
 
-    Three optional methods make it nicer to use: ``check(*columns)`` raises ValueError for data that the program
-    cannot take; ``blank(size, *context)`` gives a batch of the right shapes, for sampling from the model;
-    ``start_from(x)`` sets biases from the training data.
+    Two optional methods make it nicer to use: ``check(*columns)`` raises ValueError for data that the program
+    cannot take; ``blank(size, *context)`` gives a batch of the right shapes, for sampling from the model.
     """
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,8 +49,11 @@ class _OwnParams(Messenger):  # type: ignore[misc]
         name: str = msg["name"]
         init = msg["args"][1] if len(msg["args"]) > 1 else None
         constraint = msg["kwargs"].get("constraint", constraints.real)
-        if isinstance(init, nn.Parameter) and constraint is constraints.real:
-            self.pair.adopt(name, init)  # a module's own parameter: use it where it lives
+        live = isinstance(init, nn.Parameter) or (torch.is_tensor(init) and name in self.pair.known)
+        if live and constraint is constraints.real:
+            # A module's own parameter, used where it lives; under functional_call, what stands in for it.
+            if isinstance(init, nn.Parameter):
+                self.pair.adopt(name, init)
             msg["value"] = init
         elif init is not None or name in self.pair.constraints:
             msg["value"] = self.pair.own(name, init, constraint)
@@ -99,7 +101,7 @@ class Pair(nn.Module):
         self.known: dict[str, Tensor] = {}  # adopted parameters, where they live
         self.expected: dict[str, Tensor] = {}  # loaded values of parameters not yet created
         self.__dict__["_callables"] = (model, guide)  # modules among them are registered above
-        self.layout: Any = None  # set by traces.inspect
+        self.layout: Any = None  # set by layout.inspect
 
     @property
     def program(self) -> Any:
@@ -128,15 +130,15 @@ class Pair(nn.Module):
         """The model as it was given."""
         return self.callables[0]
 
-    def model(self, *batch: Tensor) -> Any:
+    def model(self, *batch: Tensor, **options: Any) -> Any:
         """Run the model with parameters from this pair."""
         with self._own_params():
-            return self.raw_model(*batch)
+            return self.raw_model(*batch, **options)
 
-    def guide(self, *batch: Tensor) -> Any:
+    def guide(self, *batch: Tensor, **options: Any) -> Any:
         """Run the guide with parameters from this pair."""
         with self._own_params():
-            return self.callables[1](*batch)
+            return self.callables[1](*batch, **options)
 
     def declare(self) -> None:
         """State every trainable parameter to Pyro's handlers, as ``pyro.module`` does."""

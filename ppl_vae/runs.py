@@ -118,8 +118,8 @@ def train_run(
     """
     _refuse_if_in_use(Path(folder), force)
     device, images = as_device(config.device), images_of(config)
+    program: Any = build(config, images.shape, len(images.classes))
     with seeded(config.seed):
-        program: Any = build(config, images.shape, len(images.classes))
         program.likelihood.start_from(presented(config, images.train).present(slice(None))[0])
     for split in (images.train, images.valid, images.test):
         prepare(as_pair(program), presented(config, split))

@@ -25,7 +25,17 @@ from ppl_vae.layout import Layout, inspect
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.sites import Site, base, data_first, family, hand_scale, mean_of, plate_shape, statements
 
-__all__ = ["KL", "LogTerms", "guide_means", "log_terms", "predict", "require_guided", "run_pair"]
+__all__ = [
+    "KL",
+    "LogTerms",
+    "by_datum",
+    "guide_means",
+    "inspect_shapes",
+    "log_terms",
+    "predict",
+    "require_guided",
+    "run_pair",
+]
 
 KL = Literal["sampled", "analytic", "auto"]
 
@@ -213,6 +223,56 @@ class _Means(Messenger):  # type: ignore[misc]
         msg["done"] = True
 
 
+class _Given(Messenger):  # type: ignore[misc]
+    """Put latents at given values (B, *plates, *event), the same for all particles: the way back of `by_datum`."""
+
+    def __init__(self, latents: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.latents = latents
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] not in self.latents or msg["infer"].get("was_observed"):
+            return
+        value, fn = self.latents[msg["name"]], msg["fn"]
+        if plate_shape(msg) is not None:
+            _, *inner, rows = fn.batch_shape
+            present = {f.dim for f in msg["cond_indep_stack"] if f.vectorized}
+            sizes = (n for dim, n in enumerate(inner, -1 - len(inner)) if dim in present)
+            expected = (rows, *sizes, *fn.event_shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(f"latents {msg['name']!r}: expected shape {expected}, got {tuple(value.shape)}")
+            value = value.reshape(rows, *inner, *fn.event_shape).movedim(0, len(inner)).expand(fn.shape())
+        msg["value"], msg["done"] = value, True
+
+
+class _Redrawn(Messenger):  # type: ignore[misc]
+    """Put observations at values that their distributions can have: what was observed gave the shape alone."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["is_observed"] and not site_is_subsample(msg) and msg["value"].shape == msg["fn"].shape():
+            msg["value"] = msg["fn"].sample()
+
+
+def inspect_shapes(pair: Pair, batch: Batch) -> None:
+    """Check a batch as `inspect` does, but for what is observed, which stands for its shape only.
+
+    Raises:
+        ValueError: the programs cannot take the batch.
+    """
+    known = pair.layout
+    try:
+        with _Redrawn():
+            inspect(pair, batch)
+    except TypeError as error:  # from the program's own check
+        raise ValueError(f"batch: {len(batch)} tensors do not suit the program ({error})") from error
+    pair.layout = known or pair.layout
+
+
+def by_datum(site: Site, value: Tensor) -> Tensor:
+    """A value (K, *plates, B, *event) of particles as (K, B, *plates, *event)."""
+    return value if plate_shape(site) is None else data_first(site, value).transpose(0, 1)
+
+
 @torch.no_grad()
 def guide_means(pair: Pair, *batch: Tensor, particles: int = 1) -> dict[str, Tensor]:
     """E_q[z | x] of every latent site: its distribution's mean, averaged over K draws of earlier latents.
@@ -240,22 +300,29 @@ def predict(
     Args:
         pair: the pair.
         *batch: a batch; what the model observes of it serves as a shape only, and as input of the guide.
-        latents: drawn from the "prior", from the "guide", the "means" of the guide, or given by name.
+        latents: drawn from the "prior", from the "guide", the "means" of the guide, or given by name, each
+            (B, *plates, *event).
         particles: K.
 
     Returns:
         Latents, draws of the observed sites, and means of the observed sites: name -> (K, B, *event), with
-        inner plates between K and B.
+        inner plates between B and event.
+
+    Raises:
+        ValueError: a given latent has another shape than its site.
     """
     lift = _particle_plate(pair, batch, particles)
     free = poutine.uncondition(lift(pair.model))
     with _noted(), pyro.validation_enabled(False):
         if isinstance(latents, Mapping):
-            free = poutine.condition(free, data=dict(latents))
+            free = _Given(latents)(free)
         elif latents != "prior":
             guide = poutine.trace(_Means()(lift(pair.guide)) if latents == "means" else lift(pair.guide))
             free = poutine.replay(free, trace=guide.get_trace(*batch))
         sites = statements(poutine.trace(free).get_trace(*batch))
     observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
-    drawn = {n: s["value"] for n, s in sites.items() if n not in observed}
-    return drawn, {n: s["value"] for n, s in observed.items()}, {n: mean_of(s) for n, s in observed.items()}
+    return (
+        {n: by_datum(s, s["value"]) for n, s in sites.items() if n not in observed},
+        {n: by_datum(s, s["value"]) for n, s in observed.items()},
+        {n: by_datum(s, mean_of(s)) for n, s in observed.items()},
+    )

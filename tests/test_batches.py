@@ -245,7 +245,9 @@ def test_redrawn_pixels_are_new_each_epoch_and_the_same_for_the_same_seed():
         ((X, np.array(["2020"] * 50, "datetime64[D]")), "column 1: an array of datetime64"),
         (torch.cat([X, torch.full((1, WIDTH), torch.nan)]), "data column 0: row 50 holds NaN or infinity"),
         (torch.cat([X, torch.full((1, WIDTH), torch.inf)]), "data column 0: row 50 holds NaN or infinity"),
-        ([X, X[:4] * torch.inf][::-1], "batch tensor 0: row 0 holds NaN or infinity"),
+        ([X[:4] * torch.inf, X], "data batch 0: tensor 0: row 0 holds NaN or infinity"),
+        ([X, Y], re.escape("differ in rank, shapes [(50, 12), (50,)]; give columns as a tuple, (x, y)")),
+        ([X.numpy(), Y], "differ in rank"),
         (X[:, 1:], re.escape("cannot take a batch of (50, 11) float32")),
         (X.reshape(-1, 3, 4), re.escape("cannot take a batch of (50, 3, 4) float32")),
         (X.long(), re.escape("cannot take a batch of (50, 12) int64")),
@@ -279,9 +281,102 @@ def test_all_rows_in_memory_are_checked_and_not_the_first_batch_alone():
         fit(vae("bernoulli"), x[:40], x, batch_size=4)
 
 
+def broken(values):
+    """Batches (x, c) of binary pixels and labels, the third of which holds a row that does not suit."""
+    x = pixels(50, "bernoulli")
+    c = conditions(x)
+    x[36, 2], c[36] = values
+    return list(zip(x.split(16), c.split(16), strict=True))
+
+
+STREAMS = {
+    "list": lambda b: b,
+    "DataLoader": lambda b: DataLoader(b, batch_size=None),
+    "Stream": Stream,
+    "Dataset": lambda b: TensorDataset(*(torch.cat(column) for column in zip(*b, strict=True))),
+}
+
+
+@pytest.mark.parametrize("form", STREAMS)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0.25, 0), "site 'x': Bernoulli takes .*, got 0.25 in row 4; binarise the data"),
+        ((torch.nan, 0), "tensor 0: row 4 holds NaN or infinity"),
+        ((torch.inf, 0), "tensor 0: row 4 holds NaN or infinity"),
+        ((1.0, 7), "unknown label 7 in row 4"),
+    ],
+)
+def test_every_batch_of_a_stream_is_checked_and_not_the_first_alone(form, values, message):
+    program, stream = cvae(kind="bernoulli"), STREAMS[form](broken(values))
+    source = prepare(as_pair(program), stream, batch_size=16)
+    batches = source.to("cpu").batches(16)
+    assert [len(next(batches)[0]) for _ in range(2)] == [16, 16]
+    with pytest.raises(ValueError, match=f"^data batch 2: {message}"):
+        next(batches)
+    with pytest.raises(ValueError, match=message.replace("row 4", r"row \d+")):
+        fit(program, stream, epochs=1, batch_size=16)
+    with pytest.raises(ValueError, match=f"^data batch 2: {message}"):
+        pv.elbo(program, stream, batch_size=16)
+
+
+def test_in_a_shuffled_epoch_the_batch_is_named_as_one():
+    x = pixels(50, "bernoulli")
+    x[36] = 0.25
+    source = prepare(as_pair(vae("bernoulli")), TensorDataset(x), 16)
+    with pytest.raises(ValueError, match=r"^shuffled data batch \d: site 'x'"):
+        list(source.epoch(16, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        (
+            (X[:0], Y[:0]),
+            r"data batch 1: batch: tensors must share a first dimension of at least 1, got \(0, 12\)",
+        ),
+        ((torch.tensor(1.0), Y), "data batch 1: batch: tensors must share a first dimension"),
+        ((X, Y[:3]), "data batch 1: batch: tensors must share a first dimension"),
+        ((X,), "data batch 1: data: the model takes 2 tensors, got 1"),
+    ],
+)
+def test_later_batches_have_the_columns_of_the_first(later, message):
+    with pytest.raises(ValueError, match=message):
+        fit(cvae(), [(X, conditions(X)), later], epochs=1)
+
+
+def test_batches_are_checked_as_the_model_sees_them_and_before_they_move():
+    """Bytes as fractions, in the pair's precision; on the host, whatever the device."""
+    raw = (pixels(48, "bernoulli") * 255).byte()
+    raw[40, 3] = 51
+    source = prepare(as_pair(vae("bernoulli")), list(raw.split(16)), 16).to("meta")
+    with pytest.raises(ValueError, match=r"data batch 2: site 'x': Bernoulli .* got 0.2 in row 8"):
+        list(source.batches())
+    with pytest.raises(ValueError, match="data batch 1: tensor 0: row 0 holds NaN or infinity"):
+        fit(vae(), [X, X.double() + 1e300], epochs=1)  # infinite as float32
+
+
+def test_a_stream_that_nobody_prepared_is_passed_on_as_it_is():
+    (batch,) = Stream([X * torch.nan]).batches()
+    assert batch[0].isnan().all()
+
+
+def test_equal_batches_in_a_list_stay_batches():
+    assert [len(b[0]) for b in as_data([X, X.numpy()]).batches()] == [50, 50]
+    assert [len(b[0]) for b in as_data([X, X[:3]]).batches()] == [50, 3]
+
+
+@pytest.mark.parametrize("size", [2.5, 16.0, True, "16", None])
+def test_a_batch_size_is_an_int(size):
+    with pytest.raises(ValueError, match=re.escape(f"batch_size must be an int, got {size!r}")):
+        fit(vae(), X, batch_size=size)
+
+
 def test_batches_have_a_size():
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        fit(vae(), X, batch_size=0)
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+            fit(vae(), X, batch_size=size)
+    fit(vae(), X, epochs=1, batch_size=np.int64(16))
 
 
 def test_arrays_that_torch_does_not_take_are_copied():

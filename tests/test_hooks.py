@@ -236,7 +236,7 @@ def test_tensorboard_gets_the_numbers_of_each_epoch(valid, monkeypatch, tmp_path
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     run = fit(vae(), X, valid, epochs=2, hooks=[pv.LogTensorBoard(tmp_path)])
-    names = ["train", *(["valid", "valid_stderr"] if valid is not None else []), "lr", "seconds", "rate"]
+    names = ["train", *(["valid", "valid_stderr"] if valid is not None else []), "lr", "seconds", "per_second"]
     rows = [(name, row[name], row["step"]) for row in run.history for name in names]
     assert calls == [("open", str(tmp_path)), *rows, ("close",)]
 

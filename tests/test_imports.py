@@ -15,7 +15,7 @@ LAYERS = [
     "rng files nets conditionals priors likelihoods posteriors",
     "models",
     "pairs sites layout traces bounds estimators objectives",
-    "batches train hooks evaluate",
+    "batches hooks loop train evaluate",
     "data plots arviz_export film checkpoint config runs cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
@@ -75,7 +75,7 @@ import ppl_vae.nets
 from ppl_vae import rng
 from ppl_vae.plots.common import number
 if TYPE_CHECKING:
-    from ppl_vae.train import Run
+    from ppl_vae.loop import Run
 else:
     from ppl_vae.files import write_whole
 def late():

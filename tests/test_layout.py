@@ -11,6 +11,7 @@ from programs import LATENT, PROGRAMS, ROWS, WIDTH, OneLevel, case
 from torch import nn
 
 import ppl_vae as pv
+from ppl_vae.batches import prepare
 from ppl_vae.layout import check_finite, inspect
 from ppl_vae.pairs import Pair, as_pair
 
@@ -96,6 +97,25 @@ def test_inspection_draws_nothing_of_the_callers(name):
     assert all(p.grad is None for p in c.pair.parameters())
 
 
+def test_inspection_leaves_running_statistics_and_modes_alone():
+    """BatchNorm would learn from data that are only looked at, those held out among them."""
+    norm, dropout = nn.BatchNorm1d(WIDTH), nn.Dropout(0.5).eval()
+    program = pv.VAE(
+        pv.StandardNormal(LATENT),
+        pv.Normal(nn.Linear(LATENT, WIDTH), 1.0),
+        pv.mean_field(nn.Sequential(norm, dropout, nn.Linear(WIDTH, 2 * LATENT))),
+    )
+    before = {name: value.clone() for name, value in program.state_dict().items()}
+    for look in (inspect, lambda pair, batch: prepare(pair, batch), lambda pair, batch: prepare(pair, [batch])):
+        look(as_pair(program), (X,))
+        assert norm.num_batches_tracked == 0
+        assert all(torch.equal(before[name], value) for name, value in program.state_dict().items())
+        assert [program.training, norm.training, dropout.training] == [True, True, False]
+    with pytest.raises(ValueError, match="cannot take a batch"):
+        inspect(as_pair(program), (X[:, 1:],))
+    assert [program.training, norm.training, dropout.training] == [True, True, False]
+
+
 # ---------------------------------------------------------------- transformed distributions
 @pytest.mark.parametrize(
     ("law", "right", "wrong"),
@@ -149,6 +169,84 @@ def test_counts_outside_their_support():
         inspect(pair, (torch.tensor([[1.0] * WIDTH, [0.0] * WIDTH, [-1.0] * WIDTH]),))
 
 
+# ---------------------------------------------------------------- columns that the model reshapes
+def binary(count):
+    """Binary pixels (count, 12), with both values in every row."""
+    return (torch.arange(count * 12) % 5 % 2).float().reshape(count, 12)
+
+
+class Reshaping(nn.Module):
+    """A model that flattens pictures (B, 3, 4) before it observes them, as Pyro's tutorial does."""
+
+    def __init__(self, reshape, law=dist.Bernoulli):
+        super().__init__()
+        self.reshape, self.law, self.loc = reshape, law, nn.Parameter(torch.zeros(()))
+
+    def model(self, x):
+        flat = self.reshape(x)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            shape = (*z.shape, *flat.shape[1:])
+            law = self.law(logits=z.reshape(*z.shape, *[1] * (flat.dim() - 1)).expand(shape))
+            pyro.sample("x", law.to_event(flat.dim() - law.event_dim - 1) if flat.dim() > 1 else law, obs=flat)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda x: x.reshape(-1, 12),
+        lambda x: x.flatten(1),
+        lambda x: x.view(len(x), 2, 6),
+        lambda x: x.movedim(-1, 1),
+        lambda x: x,
+    ],
+)
+def test_columns_that_the_model_reshapes_are_checked_whole(reshape):
+    x = binary(50).reshape(-1, 3, 4)
+    pair = as_pair(Reshaping(reshape))
+    prepare(pair, x, 16)
+    x[36, 2, 1] = 0.25
+    with pytest.raises(ValueError, match=r"^site 'x': Bernoulli .* got 0.25 in row 36"):
+        prepare(pair, x, 16)
+    batches = prepare(pair, list(x.split(16)), 16).batches()
+    with pytest.raises(ValueError, match=r"^data batch 2: site 'x': Bernoulli .* got 0.25 in row 4"):
+        list(batches)
+
+
+@pytest.mark.parametrize(
+    "observed", [lambda x: x[:, :4], lambda x: x[:, :1].expand(-1, 12), lambda x: (x > 0.5).float()]
+)
+def test_other_values_made_of_a_column_say_nothing_of_all_of_it(observed):
+    x = binary(50)
+    x[36, 5] = 0.25  # not observed
+    prepare(as_pair(Reshaping(observed)), x, 16)
+
+
+def test_a_support_of_whole_vectors_is_not_asked_of_another_shape():
+    """One-hot rows of four hold for (B, 3, 4), while (B, 12) is no one-hot row."""
+    x = torch.eye(4)[torch.arange(150) % 4].reshape(50, 12)
+    prepare(as_pair(Reshaping(lambda x: x.reshape(-1, 3, 4), dist.OneHotCategorical)), x, 16)
+
+
+def test_columns_that_share_their_memory_are_told_apart():
+    both = torch.cat([binary(50) + 0.25, binary(50)])
+
+    class Second(Reshaping):
+        def model(self, c, x):
+            super().model(x)
+
+        def guide(self, c, x):
+            super().guide(x)
+
+    program = Second(lambda x: x.flatten(1))
+    prepare(as_pair(program), (both[:50], both[50:]), 50)
+    assert as_pair(program).layout.observed["x"][0] == 1
+
+
 # ---------------------------------------------------------------- shapes
 @pytest.mark.parametrize(
     "batch",
@@ -170,8 +268,9 @@ def test_wrong_width_or_rank(shape):
 
 
 def test_the_wrong_type():
-    with pytest.raises(ValueError, match=r"cannot take a batch of \(6, 4\) int64"):
+    with pytest.raises(ValueError, match=r"cannot take a batch of \(6, 4\) int64: .*use x\.float\(\)") as caught:
         inspect(as_pair(OneLevel()), (torch.zeros(ROWS, WIDTH, dtype=torch.int64),))
+    assert "flatten" not in str(caught.value)
 
 
 def test_too_many_tensors():

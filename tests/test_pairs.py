@@ -11,11 +11,14 @@ from programs import LATENT, PROGRAMS, ROWS, WIDTH, Nested, OneLevel, PyroGuide,
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
+from small import pixels, vae
 from torch import nn
 from torch.distributions import constraints
 
 from ppl_vae.layout import inspect
+from ppl_vae.objectives import ELBO, IWAE
 from ppl_vae.pairs import Pair, Program, as_pair
+from ppl_vae.rng import seeded
 from ppl_vae.traces import log_terms
 
 X = torch.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH)
@@ -347,3 +350,35 @@ def test_mutable_state_of_nested_modules_is_registered():
     assert names(as_pair(Nested())) == {
         f"programs.0.{n}" for n in ("entry", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
     }
+
+
+# ---------------------------------------------------------------- as one function of its parameters
+@pytest.mark.parametrize("objective", [ELBO(kl="analytic"), IWAE(3)])
+def test_a_pair_is_a_function_of_its_parameters(objective):
+    """Other values can be put in for the parameters, twice, as a captured step does; the pair gains none."""
+    program, x = vae(), pixels(8)
+    pair = as_pair(program)
+    inspect(pair, (x,))
+    names = list(pair.state_dict())
+
+    def value(parameters):
+        with seeded(0):
+            return torch.func.functional_call(Bound(pair, objective), parameters, (x,))
+
+    class Bound(torch.nn.Module):
+        def __init__(self, pair, objective):
+            super().__init__()
+            self.pair, self.objective = pair, objective
+
+        def forward(self, x):
+            return self.objective(self.pair, x).mean()
+
+    given = {f"pair.{n}": p.detach().clone().requires_grad_() for n, p in pair.named_parameters()}
+    shifted = {n: (p.detach() + 0.01).requires_grad_() for n, p in given.items()}
+    same, other = value(given), value(shifted)
+    gradients = torch.autograd.grad(other, list(shifted.values()))
+    with seeded(0):
+        assert float(same.detach()) == pytest.approx(float(objective(pair, x).mean().detach()), rel=1e-6)
+    assert float(other.detach()) != pytest.approx(float(same.detach()), rel=1e-6)
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    assert list(pair.state_dict()) == names

@@ -86,7 +86,7 @@ def test_loading_gives_back_the_run(trained):
 def test_same_settings_same_numbers(trained, tmp_path):
     run, made, _ = trained
     again, other = go(tmp_path / "again", film=True, epochs=3)
-    timed = {"seconds", "rate"}
+    timed = {"seconds", "per_second"}
     assert [{k: v for k, v in row.items() if k not in timed} for row in again.history] == [
         {k: v for k, v in row.items() if k not in timed} for row in run.history
     ]

@@ -50,7 +50,7 @@ class Watch(pv.Hook):
 
 
 def timeless(history):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "rate")} for row in history]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "per_second")} for row in history]
 
 
 # ---- the same numbers again
@@ -106,14 +106,14 @@ def test_the_history_has_one_row_for_each_epoch():
     run = fit(
         vae(), X, HELD_OUT, epochs=3, batch_size=25, hooks=[watch], optimizer=partial(torch.optim.Adam, lr=0.02)
     )
-    fields = ["epoch", "step", "train", "valid", "valid_stderr", "lr", "seconds", "rate"]
+    fields = ["epoch", "step", "train", "valid", "valid_stderr", "lr", "seconds", "per_second"]
     assert [list(row) for row in run.history] == [fields] * 3
     assert [(row["epoch"], row["step"], row["lr"]) for row in run.history] == [
         (1, 3, 0.02),
         (2, 6, 0.02),
         (3, 9, 0.02),
     ]
-    assert all(row["rate"] == pytest.approx(len(X) / row["seconds"]) for row in run.history)
+    assert all(row["per_second"] == pytest.approx(len(X) / row["seconds"]) for row in run.history)
     assert (run.epoch, run.step, run.epochs, run.reason) == (3, 9, 3, "all epochs done")
     assert not run.interrupted
     assert run.history[-1]["train"] > run.history[0]["train"]
@@ -353,6 +353,9 @@ def test_nothing_in_a_step_waits_for_the_device(program, objective, way):
         ({"optimizer": "adam"}, "optimizer: expected a function from parameters to a torch optimizer, .* got str"),
         ({"optimizer": torch.optim.SGD(vae().parameters(), lr=1.0)}, "optimizer: expected a function .* got SGD"),
         ({"optimizer": pyro.optim.Adam({"lr": 1e-3})}, "optimizer: expected a function .* got PyroOptim"),
+        ({"optimizer": torch.optim.LBFGS}, "optimizer: LBFGS evaluates the loss several times"),
+        ({"epochs": 2.5}, "epochs must be at least 1, got 2.5"),
+        ({"hooks": [pv.EarlyStop]}, "hooks: expected instances of Hook, got <class"),
         ({"device": "warp"}, "device: 'warp' is not to be had here"),
         ({"device": "cuda:99"}, "device: 'cuda:99' is not to be had here"),
         ({"hooks": [pv.EarlyStop()]}, "needs valid data to watch"),
@@ -391,3 +394,15 @@ def test_the_device_is_cuda_where_there_is_one():
     assert default_device().type == expected
     assert as_device().type == expected
     assert as_device("cpu") == as_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_the_error_of_validation_without_values_per_datum_is_over_batches():
+    """One value repeated over a batch is one observation, not as many as there are rows."""
+    program, batches = vae(), [pixels(16, seed=s) for s in range(8)]
+    run = fit(program, batches, batches, objective=pyro.infer.TraceGraph_ELBO(), epochs=1)
+    alone = fit(vae(), batches, batches, objective=pyro.infer.Trace_ELBO(), epochs=1)
+    row, exact = run.history[-1], alone.history[-1]
+    assert row["valid"] == pytest.approx(exact["valid"], rel=1e-5)  # the same draws
+    # 8 batches: the sample deviation has a relative error of about 1 / sqrt(2 * 7).
+    assert row["valid_stderr"] == pytest.approx(exact["valid_stderr"], rel=4 / math.sqrt(14))
+    assert row["valid_stderr"] > exact["valid_stderr"] / 2

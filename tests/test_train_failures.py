@@ -65,17 +65,19 @@ def test_too_large_a_step_is_named_and_the_last_good_weights_are_back(step, repo
     # that are put back are at most one reading older than those before it.
     assert f"at step {step + 2} (epoch {(step + 1) // 4 + 1})" in message
     assert "likely cause: too large a step (lower the learning rate, or set clip_norm)" in message
-    assert message.endswith("The pair holds its last good parameters.")
+    best = 1 if valid is not None and step >= 4 else None  # 4 steps an epoch: the first went well
+    held = "last good parameters" if best is None else "best parameters, of epoch 1"
+    assert message.endswith(f"The pair holds its {held}.")
     kept = weights(program)
     index = [i for i, state in enumerate(record.before) if same(state, weights(record.run.pair))]
     assert len(index) == 1
-    assert 0 <= step - index[0] < report_every
+    assert index == [4] if best else 0 <= step - index[0] < report_every
     assert finite(kept)
     assert math.isfinite(pv.elbo(program, X).mean)
     assert same(record.end, weights(record.run.pair))
     pv.load_weights(again := vae(seed=1), path)
     assert same(weights(again), kept)
-    assert record.run.best_epoch is None
+    assert record.run.best_epoch == best
     assert record.run.reason in message
 
 
@@ -130,23 +132,45 @@ def test_the_density_that_turned_nan_is_named_with_its_row(part, report_every):
 
 
 @pytest.mark.parametrize("valid", [None, HELD_OUT])
-def test_nan_in_a_later_batch_of_a_stream_is_named(valid):
+def test_nan_in_a_later_batch_of_a_stream_is_named_before_it_does_harm(valid):
     batches = [X[:16], X[16:32], X[32:48] * torch.nan, X[48:]]
-    program = vae()
-    message, record = failure(program, batches, valid)
-    assert (
-        "the objective became nan at step 3 (epoch 1); likely cause: batch tensor 0 holds NaN or infinity"
-        in message
-    )
+    program, record = vae(), Record()
+    with pytest.raises(ValueError, match=r"batch 2.*row 0 holds NaN or infinity"):
+        fit(program, batches, valid, hooks=[record])
     assert same(record.end, weights(record.run.pair))
-    assert finite(weights(program))
+    assert same(record.end, weights(fitted_on(batches[:2])))
 
 
 def test_nan_in_a_later_batch_of_the_held_out_stream_too():
     program = vae()
-    message, _ = failure(program, X, [HELD_OUT[:20], HELD_OUT[20:] * torch.nan], batch_size=16)
-    assert "the validation objective became nan after step 4 (epoch 1); likely cause: batch tensor 0" in message
+    with pytest.raises(ValueError, match=r"batch 1.*row 0 holds NaN or infinity"):
+        fit(program, X, [HELD_OUT[:20], HELD_OUT[20:] * torch.nan], batch_size=16)
     assert finite(weights(program))
+
+
+def fitted_on(batches):
+    """The pair after one step on each batch."""
+    return fit(vae(), batches, epochs=1).pair
+
+
+class Fails(pv.Hook):
+    def on_end(self, run):
+        raise RuntimeError("a hook that fails")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_hook_that_fails_at_the_end_keeps_none_from_ending(first):
+    record = Record()
+    with pytest.raises(RuntimeError, match="a hook that fails"):
+        fit(vae(), X, epochs=1, hooks=[Fails(), record] if first else [record, Fails()])
+    assert same(record.end, weights(record.run.pair))
+
+
+def test_the_error_holds_the_run():
+    with pytest.raises(pv.NonFiniteError) as caught:
+        fit(vae(), X, HELD_OUT, epochs=3, **too_large_from(5))
+    assert [row["epoch"] for row in caught.value.run.history] == [1]
+    assert caught.value.run.reason in str(caught.value)
 
 
 class RootOfZero(nn.Module):

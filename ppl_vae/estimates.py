@@ -1,0 +1,81 @@
+"""What evaluation gives back: numbers per datum with their errors and their direction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["ActiveUnits", "Direction", "Estimate"]
+
+Direction = Literal["lower", "upper", "unbiased"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate for each of N data, with its direction and its errors.
+
+    Attributes:
+        value: nats per datum, float64 (N,).
+        stderr: Monte Carlo standard error of each value, (N,); NaN where one particle says nothing of it.
+        direction: whether the expected value lies below log p(x), above it, or at it.
+        diagnostics: further numbers per datum, name -> (N,), such as the effective sample size.
+        name: what was estimated, for printing.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    direction: Direction
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    name: str = "log p(x)"
+
+    @property
+    def mean(self) -> float:
+        """The mean over data."""
+        return float(self.value.mean())
+
+    @property
+    def mean_stderr(self) -> float:
+        """Standard error of the mean over data drawn from the population; it includes the Monte Carlo error."""
+        return _stderr(self.value)
+
+    @property
+    def monte_carlo_stderr(self) -> float:
+        """Standard error of the mean from the draws alone, these data held fixed."""
+        return float(self.stderr.square().sum().sqrt()) / len(self.stderr)
+
+    def __str__(self) -> str:
+        kind = {"lower": "lower bound", "upper": "upper bound", "unbiased": "unbiased"}[self.direction]
+        draws = self.monte_carlo_stderr
+        error = "" if math.isnan(draws) else f"; Monte Carlo s.e. {draws:.3f}"
+        return (
+            f"{self.name} = {self.mean:.3f} ± {self.mean_stderr:.3f} nats per datum "
+            f"({kind}; {len(self.value)} data{error})"
+        )
+
+
+@dataclass(frozen=True)
+class ActiveUnits:
+    """Which latent dimensions a guide uses: those whose posterior mean varies over the data.
+
+    Attributes:
+        variance: latent site -> Var_x(E_q[z | x]), one number per dimension.
+        threshold: a unit with more than this is active.
+    """
+
+    variance: dict[str, Tensor]
+    threshold: float
+
+    @property
+    def count(self) -> dict[str, int]:
+        """Latent site -> number of active units."""
+        return {name: int((v > self.threshold).sum()) for name, v in self.variance.items()}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {self.count[name]} of {v.numel()}" for name, v in self.variance.items())
+
+
+def _stderr(values: Tensor) -> float:
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -1,0 +1,308 @@
+"""The training loop: batches, optimizer steps, readings of the losses between them, validation after them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ppl_vae.batches import Source
+from ppl_vae.hooks import Hook
+from ppl_vae.objectives import Objective
+from ppl_vae.pairs import Batch, Pair
+from ppl_vae.rng import seeded
+from ppl_vae.traces import log_terms
+
+__all__ = ["Loop", "NonFiniteError", "Run", "Update", "diagnose", "snapshot"]
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a parameter became NaN or infinite; the pair holds good parameters again.
+
+    Attributes:
+        run: what there is, history included.
+    """
+
+    def __init__(self, message: str, run: Run) -> None:
+        super().__init__(message)
+        self.run = run
+
+
+class Update:
+    """One optimizer step on one objective: a function of parameters, optimizer state, batch and random draws.
+
+    Nothing in it reads a number back from the device, so that it can be captured as one graph.
+
+    Args:
+        name: what its value is called in errors, such as "objective".
+        pair: the pair.
+        objective: what to maximise.
+        optimizer: torch optimizer over parameters of the pair.
+        clip_norm: largest norm of the gradient, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pair: Pair,
+        objective: Objective,
+        optimizer: Optimizer,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.name, self.pair, self.objective = name, pair, objective
+        self.optimizer, self.clip_norm = optimizer, clip_norm
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Take the step; return the mean objective over the batch, a scalar on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        value: Tensor = self.objective(self.pair, *batch).mean()
+        torch.autograd.backward(-value)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
+        self.optimizer.step()
+        return value.detach()
+
+
+@dataclass
+class Run:
+    """A training run: what hooks see while it goes on, and what ``fit`` returns.
+
+    Attributes:
+        pair: the trained pair; the program given to ``fit`` shares its parameters.
+        objective: what was maximised.
+        epochs: how many were asked for.
+        history: one row per epoch: epoch, step, train and valid (mean objective, nats per datum; valid as it was
+            given to ``fit``, whatever is annealed), valid_stderr (over data), lr, seconds, per_second (data).
+        updates: the optimizer steps that one batch makes, in order; the first one's value is reported.
+        schedule: the learning-rate scheduler, if there is one.
+        epoch: epochs done.
+        step: steps done.
+        best_epoch: the epoch whose weights the pair holds, by the validation objective; None without one.
+        reason: why the run ended.
+    """
+
+    pair: Pair
+    objective: Objective
+    epochs: int
+    updates: list[Update] = field(default_factory=list)
+    schedule: LRScheduler | None = None
+    validated: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int | None = None
+    reason: str = ""
+    interrupted: bool = False
+    stopping: bool = False
+
+    @property
+    def best(self) -> float:
+        """The best validation objective so far, nats per datum; -inf before there is one."""
+        return max((r["valid"] for r in self.history if not math.isnan(r["valid"])), default=-math.inf)
+
+    def stop(self, reason: str) -> None:
+        """Ask the run to end after this epoch."""
+        self.stopping, self.reason = True, reason
+
+
+class Loop:
+    """The training loop: epochs of steps, readings of the losses between them, validation after them."""
+
+    def __init__(self, run: Run, hooks: Sequence[Hook], *, every_step: bool, report_every: int) -> None:
+        self.run, self.hooks = run, hooks
+        self.every_step, self.report_every = every_step, report_every
+        self.parameters = [p for update in run.updates for p in update.parameters]
+        self.first = 0  # the first step of this epoch
+        self.best: dict[str, Tensor] | None = None
+        self.good = self.latest = snapshot(run.pair)  # the latest is good once its objective is finite
+        self.given = snapshot(run.objective)
+
+    def go(self, source: Source, valid: Source | None, batch_size: int, seed: int) -> None:
+        """Run to the end, and call ``on_end`` however it comes."""
+        run = self.run
+        self.batch_size, self.seed = batch_size, seed
+        try:
+            self.call("on_start")
+            while run.epoch < run.epochs and not run.stopping:
+                self.one_epoch(source, valid)
+            run.reason = run.reason or "all epochs done"
+        except KeyboardInterrupt:
+            run.interrupted, run.reason = True, "interrupted"
+        finally:
+            if self.best is not None:
+                run.pair.load_state_dict(self.best)
+            elif not self.finite():
+                run.pair.load_state_dict(self.good)
+            run.pair.eval()
+            self.end()
+
+    def call(self, moment: str, *args: Any) -> None:
+        """Call every hook."""
+        for hook in self.hooks:
+            getattr(hook, moment)(self.run, *args)
+
+    def end(self) -> None:
+        """Let every hook end, also when one of them fails: another may still have weights to save."""
+        with ExitStack() as stack:
+            for hook in reversed(self.hooks):
+                stack.callback(hook.on_end, self.run)
+
+    def one_epoch(self, source: Source, valid: Source | None) -> None:
+        """All batches once, then validation, the history's row, and the hooks."""
+        run, start = self.run, time.perf_counter()
+        run.pair.train()
+        self.first, total, count, pending = run.step, 0.0, 0, Pending()
+        for batch in source.epoch(self.batch_size, self.seed, run.epoch):
+            self.call("on_step")
+            values = [update(batch) for update in run.updates]
+            pending.add(values[0], len(batch[0]))
+            run.step += 1
+            if run.schedule is not None and self.every_step:
+                run.schedule.step()
+            if len(pending.values) == self.report_every:
+                total, count = self.read(pending, source, total, count)
+        if pending.values:
+            total, count = self.read(pending, source, total, count)
+        if not self.finite():
+            self.fail(f"step {run.step} made a parameter NaN or infinite", self.again(source, run.step - 1))
+        seconds = time.perf_counter() - start
+        mean, stderr = (math.nan, math.nan) if valid is None else self.validate(valid)
+        run.epoch += 1
+        run.history.append(
+            {
+                "epoch": run.epoch,
+                "step": run.step,
+                "train": total / count,
+                "valid": mean,
+                "valid_stderr": stderr,
+                "lr": float(run.updates[0].optimizer.param_groups[0]["lr"]),
+                "seconds": seconds,
+                "per_second": count / seconds,
+            }
+        )
+        if valid is not None and mean >= run.best:
+            run.best_epoch, self.best = run.epoch, snapshot(run.pair)
+        self.adjust(total / count if valid is None else mean)
+        self.call("on_epoch")
+
+    def adjust(self, value: float) -> None:
+        """Step a scheduler that goes by epochs; one that watches gets the objective, or the loss."""
+        schedule = self.run.schedule
+        if isinstance(schedule, ReduceLROnPlateau):
+            schedule.step(value if schedule.mode == "max" else -value)
+        elif schedule is not None and not self.every_step:
+            schedule.step()
+
+    def read(self, pending: Pending, source: Source, total: float, count: int) -> tuple[float, int]:
+        """Bring the pending values to the host: the only wait for the device within an epoch."""
+        values, sizes, seconds = pending.take()
+        wrong = next((i for i, v in enumerate(values) if not math.isfinite(v)), None)
+        if wrong != 0:
+            self.good = self.latest
+        if wrong is not None:
+            step = self.run.step - len(values) + wrong
+            self.fail(
+                f"the {self.run.updates[0].name} became {values[wrong]} at step {step + 1}",
+                self.again(source, step),
+            )
+        self.latest = snapshot(self.run.pair)
+        part = sum(v * n for v, n in zip(values, sizes, strict=True))
+        self.call("on_report", part / sum(sizes), sum(sizes) / seconds)
+        return total + part, count + sum(sizes)
+
+    def finite(self) -> bool:
+        """Whether all parameters are; a gradient may be NaN though the objective is not."""
+        return bool(torch.stack([p.isfinite().all() for p in self.parameters]).all())
+
+    def again(self, source: Source, step: int) -> Iterator[Batch]:
+        """The batches of this epoch once more, from that of a step (counted from 0) on."""
+        return islice(source.epoch(self.batch_size, self.seed, self.run.epoch), step - self.first, None)
+
+    def fail(self, what: str, batches: Iterator[Batch]) -> NoReturn:
+        """Put good parameters back, the best if there are, and raise; the first batch tells the likely cause."""
+        run = self.run
+        run.pair.load_state_dict(self.good)
+        run.reason = what
+        cause = diagnose(run.pair, next(batches, None))
+        held = "last good parameters" if self.best is None else f"best parameters, of epoch {run.best_epoch}"
+        raise NonFiniteError(
+            f"{what} (epoch {run.epoch + 1}); likely cause: {cause}. The pair holds its {held}.", run
+        )
+
+    @torch.no_grad()
+    def validate(self, valid: Source) -> tuple[float, float]:
+        """Mean objective and its standard error over data; the same draws every time, the stream left alone."""
+        pair, goal = self.run.pair.eval(), self.run.objective
+        annealed = snapshot(goal)
+        goal.load_state_dict(self.given)  # under a rising beta, the first epochs would look best
+        try:
+            with seeded(self.seed, pair.device):
+                parts = [goal(pair, *b) for b in valid.batches(self.batch_size)]
+        finally:
+            goal.load_state_dict(annealed)
+        values = torch.cat(parts).double().cpu()
+        if values.isnan().any():
+            wrong = next(i for i, part in enumerate(parts) if part.isnan().any())
+            what = f"the validation objective became nan after step {self.run.step}"
+            self.fail(what, islice(valid.batches(self.batch_size), wrong, None))
+        return float(values.mean()), self.spread(parts)
+
+    def spread(self, parts: list[Tensor]) -> float:
+        """Standard error of the mean over data; over batches, where the objective gives one value for each."""
+        alone = self.run.objective.per_datum(self.run.pair)
+        values = (torch.cat(parts) if alone else torch.stack([part.mean() for part in parts])).double()
+        return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+class Pending:
+    """Objective values still on the device, and the sizes of their batches."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.since = time.perf_counter()
+
+    def add(self, value: Tensor, size: int) -> None:
+        self.values.append(value)
+        self.sizes.append(size)
+
+    def take(self) -> tuple[list[float], list[int], float]:
+        values, sizes = torch.stack(self.values).tolist(), self.sizes
+        seconds = time.perf_counter() - self.since
+        self.__init__()  # type: ignore[misc]
+        return values, sizes, seconds
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers, of a pair or an objective."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+@torch.no_grad()
+def diagnose(pair: Pair, batch: Batch | None) -> str:
+    """Say where a batch's log-densities go wrong under the given parameters, if they do already."""
+    for i, column in enumerate(batch or ()):
+        if column.is_floating_point() and not bool(torch.isfinite(column).all()):
+            return f"batch tensor {i} holds NaN or infinity"
+    if batch is None or pair.layout is None or pair.layout.outside or pair.layout.enumerated:
+        return "too large a step (lower the learning rate, or set clip_norm)"
+    terms = log_terms(pair, *batch, keep_scales=True)
+    for name, value in (
+        ("likelihood", terms.likelihood),
+        ("prior", terms.prior),
+        ("posterior", terms.posterior),
+    ):
+        if not bool(torch.isfinite(value).all()):
+            row = int((~torch.isfinite(value)).any(0).nonzero()[0])
+            return f"the {name}'s log-density of batch row {row} is not finite"
+    return "too large a step (lower the learning rate, or set clip_norm)"
