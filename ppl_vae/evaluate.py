@@ -300,7 +300,8 @@ def decode(
 
     Args:
         program: the pair.
-        latents: latent site -> (B, *plates, *event) as `encode` gives them, all sites that the observed one depends on.
+        latents: latent site -> (B, *plates, *event) as `encode` gives them, all sites that the observed one
+            depends on.
         *context: conditions c, (B, ...).
         like: for a program without ``blank``: a batch of B rows of the right shapes.
         site: which observed site; may be left out where there is one.
@@ -333,8 +334,9 @@ def _tensors(pair: Pair, columns: Batch) -> Batch:
 
 def _checked(pair: Pair, batch: Batch) -> Batch:
     """A batch as the pair takes it, refused where `ppl_vae.fit` would refuse it."""
-    data = Data(*batch)
+    data, known = Data(*batch), pair.layout
     first = next(prepare(pair, data, len(data)).batches(len(data)))
+    pair.layout = known or pair.layout  # a training run that looks on the way keeps its own
     if len(first) < len(batch):
         raise ValueError(f"batch: the model takes {len(first)} tensors, got {len(batch)}")
     return first
@@ -348,7 +350,8 @@ def _template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batc
             raise ValueError("program: it has no `blank` method that tells its shapes; pass like=batch")
         context = _tensors(pair, context)
         try:
-            like = blank(size, *context)
+            with seeded(None, pair.device):  # what it may draw is no part of the sample
+                like = blank(size, *context)
         except (TypeError, RuntimeError, IndexError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"context: {len(context)} conditions do not suit the program ({reason})") from error
@@ -356,7 +359,7 @@ def _template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batc
         raise ValueError("like: it holds the conditions already; give either `like` or conditions")
     if len(like[0]) != size:
         raise ValueError(f"like: expected a batch of {size} rows, got {len(like[0])}")
-    like = _tensors(pair, like)
+    like = Data(*like).to(pair.device, pair.dtype).present(slice(None))
     inspect_shapes(pair, like)
     return like
 

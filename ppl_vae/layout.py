@@ -139,8 +139,8 @@ def _observation(site: Site, batch: Batch) -> tuple[int | None, str, Any]:
 def _position(value: Tensor, batch: Batch, elementwise: bool) -> int | None:
     """Which tensor of the batch a value is: itself or, under a support of single entries, reshaped."""
     same = [i for i, t in enumerate(batch) if t is value]
-    if elementwise and not same:
-        same = [i for i, t in enumerate(batch) if _entries(t) == _entries(value) is not None]
+    if elementwise and not same and (entries := _entries(value)) is not None:
+        same = [i for i, t in enumerate(batch) if _entries(t) == entries]
     return same[0] if same else None
 
 

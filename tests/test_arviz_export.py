@@ -12,6 +12,7 @@ from torch import nn
 from ppl_vae import arviz_export
 from ppl_vae.arviz_export import build, to_arviz
 from ppl_vae.batches import Data
+from ppl_vae.evaluate import log_likelihood
 from ppl_vae.pairs import Pair
 
 with warnings.catch_warnings():
@@ -158,6 +159,17 @@ def test_every_form_of_data_gives_the_same_first_rows(pair, x):
 def test_a_transform_is_applied_as_the_model_sees_it(pair, x):
     tree = to_arviz(pair, Data(x, transform=lambda batch: 2 * batch), draws=2)
     np.testing.assert_array_equal(values(tree, "observed_data", "x"), 2 * x.numpy())
+
+
+def test_redrawn_data_are_those_that_are_judged(pair):
+    data, seen = Data(torch.full((6, 3), 0.5), transform=torch.bernoulli), []
+    encode = pair.encode.forward
+    pair.encode.forward = lambda x: seen.append(x.clone()) or encode(x)
+    log_likelihood(pair, data, 3, seed=5)
+    tree = to_arviz(pair, data, draws=2, seed=5)
+    redrawn = values(tree, "observed_data", "x")
+    assert set(np.unique(redrawn)) == {0.0, 1.0}
+    np.testing.assert_array_equal(redrawn, seen[1].numpy())
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -356,3 +356,162 @@ def test_which_observed_site():
     assert pv.reconstruct(pair, X, site="b").shape == (ROWS,)
     with seeded(0):
         assert pv.log_likelihood(pair, X, 3).value.shape == (ROWS,)
+
+
+# ---------------------------------------------------------------- what is given is checked
+def test_what_encode_and_reconstruct_are_given_is_checked():
+    """As `fit` checks it: nothing is broadcast, and nothing passes through as NaN."""
+    x, labels = pixels(6), conditions(pixels(6))
+    spoiled = x.clone()
+    spoiled[2, 1] = math.nan
+    for look in (pv.reconstruct, encode):
+        for program, batch, message in (
+            (vae(), (x[0],), r"observed value has shape \(12,\)"),
+            (vae(), (x[:, :5],), r"cannot take a batch of \(6, 5\)"),
+            (vae(), (spoiled,), "row 2 holds NaN"),
+            (vae(), (x, labels), "the model takes 1 tensors, got 2"),
+            (vae(), (), "at least one column"),
+            (cvae(), (x,), "takes 2 tensors, got 1"),
+            (cvae(), (x, labels[:3]), r"same number of rows, got \[6, 3\]"),
+            (cvae(), (x, labels + 100), "label"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                look(program, *batch)
+    program = vae()
+    torch.testing.assert_close(pv.reconstruct(program, x.numpy()), pv.reconstruct(program, x))
+    dark = (x > 0.5).byte() * 255  # bytes are pixels, as in data
+    torch.testing.assert_close(pv.reconstruct(program, dark), pv.reconstruct(program, (x > 0.5).float()))
+
+
+def test_what_sample_and_decode_are_given_is_checked():
+    z, labels, nan = torch.zeros(3, 2), torch.tensor([0, 1, 0]), torch.full((3, 2), math.nan)
+    plain, conditional = vae(), cvae()
+    for call, message in (
+        (lambda: pv.sample(plain, 3, labels), "1 conditions do not suit"),
+        (lambda: pv.sample(conditional, 3), "0 conditions do not suit"),
+        (lambda: pv.sample(conditional, 3, labels + 100), "label"),
+        (lambda: pv.sample(conditional, 3, labels[:, None]), "label|batch shape|cannot take"),
+        (lambda: pv.sample(conditional, 3, labels, like=(pixels(3), labels)), "give either `like` or conditions"),
+        (lambda: pv.sample(OneLevel(), 3, like=(torch.zeros(3, WIDTH + 1),)), "cannot take a batch"),
+        (lambda: decode(plain, {"z": nan}), "latents 'z': row 0 holds NaN"),
+        (lambda: decode(plain, {"z": z[:, :1]}), r"latents 'z': expected shape \(3, 2\), got \(3, 1\)"),
+        (lambda: decode(plain, {"z": z[None]}), r"latents 'z': expected shape \(1, 2\), got \(1, 3, 2\)"),
+        (lambda: decode(conditional, {"z": z}, labels + 100), "label"),
+        (lambda: decode(plain, {"z": "z"}), "expected a tensor or an array, got str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    torch.testing.assert_close(decode(plain, {"z": z.numpy()}), decode(plain, {"z": z}))
+    torch.testing.assert_close(
+        pv.sample(conditional, 3, labels.numpy(), seed=4), pv.sample(conditional, 3, labels, seed=4)
+    )
+
+
+def test_a_blank_need_not_be_a_datum():
+    """Zeros tell the shape, also where the likelihood cannot make them."""
+
+    class Positive(OneLevel):
+        def model(self, x):
+            with self.plate(x):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(LATENT), 1.0).to_event(1))
+                pyro.sample("x", dist.LogNormal(self.decoder(z)[..., :WIDTH], 1.0).to_event(1), obs=x)
+
+        def blank(self, size):
+            return (torch.zeros(size, WIDTH),)
+
+    program = Positive()
+    assert bool((pv.sample(program, 5) > 0).all())
+    with pytest.raises(ValueError, match="LogNormal"):
+        pv.reconstruct(program, torch.zeros(2, WIDTH))
+
+
+def test_data_come_first_whatever_the_plates():
+    """(B, *plates, *event) in and out, so that what `encode` gives, `decode` takes."""
+    c = case("nested")
+    (x,), program = c.batch, c.pair.program
+    codes = encode(c.pair, x)
+    means = pv.reconstruct(c.pair, x)
+    pairs = torch.stack([codes["z"][:, None].expand_as(codes["u"]), codes["u"]], -1)
+    torch.testing.assert_close(means, program.decoder(pairs)[..., 0].detach())
+    torch.testing.assert_close(decode(c.pair, codes, like=(x,)), means)
+    assert pv.sample(c.pair, 3, like=(x[:3],)).shape == (3, WIDTH)
+    with pytest.raises(ValueError, match=r"latents 'u': expected shape \(6, 4\), got \(6, 3\)"):
+        decode(c.pair, {**codes, "u": codes["u"][:, :3]}, like=(x,))
+
+
+# ---------------------------------------------------------------- pixels, chunks, broken weights
+class Watched(OneLevel):
+    """Remembers the data that its model sees under particles."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def guide(self, x):
+        self.seen.append(x.clone())
+        super().guide(x)
+
+
+def test_every_estimate_judges_the_same_redrawn_pixels():
+    """Whatever K and the chunk: pixels have a stream of their own."""
+    grey = pv.batches.Data(torch.full((7, WIDTH), 0.5), transform=torch.bernoulli)
+
+    def pixels_of(judge, *args, **options):
+        program = Watched()
+        judge(program, grey, *args, batch_size=3, **options)
+        batches = []  # a batch stays while its particles come in chunks; the first look is not an estimate
+        for x in program.seen[1:]:
+            if not batches or (x is not batches[-1] and not torch.equal(x, batches[-1])):
+                batches.append(x)
+        return torch.cat(batches)
+
+    first = pixels_of(pv.elbo, 1)
+    assert len(first) == 7
+    for judge, args, options in (
+        (pv.elbo, (50,), {"chunk": 7}),
+        (pv.log_likelihood, (5,), {}),
+        (pv.log_likelihood, (20,), {"chunk": 3}),
+        (pv.active_units, (), {}),
+    ):
+        assert torch.equal(pixels_of(judge, *args, **options), first)
+    assert not torch.equal(pixels_of(pv.elbo, 1, seed=1), first)
+
+
+@pytest.mark.parametrize(("particles", "chunk"), [(1, 100), (10, 3), (10, 1), (10, 1000)])
+def test_the_elbo_draws_exactly_k_in_chunks(particles, chunk):
+    program = Counting()
+    pv.elbo(program, X, particles, chunk=chunk)
+    assert program.drawn == particles
+    assert program.largest == min(particles, chunk)
+
+
+def test_streamed_means_and_errors_are_those_of_all_draws():
+    """The weights that were drawn chunk by chunk, taken together."""
+    pair = case("one level").pair
+    estimate = pv.elbo(pair, X, 25, chunk=10, kl="sampled", seed=3)
+    with seeded(3), torch.no_grad():
+        tables = [pv.log_terms(pair, X, particles=k) for k in (10, 10, 5)]
+    weight = torch.cat([t.weight() for t in tables]).double()
+    torch.testing.assert_close(estimate.value, weight.mean(0))
+    torch.testing.assert_close(estimate.stderr, weight.std(0) / 5)
+    rate = torch.cat([t.rate for t in tables]).double().mean(0)
+    torch.testing.assert_close(estimate.diagnostics["rate"], rate)
+    torch.testing.assert_close(estimate.value, -(rate + estimate.diagnostics["distortion"]))
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        pv.elbo(pair, X, chunk=0)
+
+
+@pytest.mark.parametrize("judge", [pv.log_likelihood, pv.elbo])
+@pytest.mark.parametrize("particles", [1, 5])
+def test_a_broken_weight_is_an_error_and_an_impossible_datum_is_not(judge, particles):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("odd", torch.where(x == 3.0, x.log() * math.nan, 0.0 * z))
+            pyro.factor("never", torch.where(x == 2.0, -math.inf, 0.0 * z))
+
+    pair, x = Pair(model, unit_guide), torch.tensor([0.0, 1.0, 2.0, 0.0, 3.0])
+    with pytest.raises(ValueError, match="log weight of row 4 is NaN"):
+        judge(pair, x, particles, batch_size=2, chunk=2)
+    value = judge(pair, x[:4], particles, batch_size=3, chunk=2).value
+    assert value.tolist() == [0.0, 0.0, -math.inf, 0.0]

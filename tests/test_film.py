@@ -92,6 +92,15 @@ def test_a_conditional_program_draws_with_the_conditions_of_its_inputs(shown, tm
     assert torch.equal(shown[-1][2], expected)
 
 
+@pytest.mark.parametrize("draws", [2, 12])
+def test_a_program_without_blank_is_filmed(draws, shown, tmp_path):
+    program = vae()
+    pair = pv.Pair(lambda x: program.model(x), lambda x: program.guide(x))
+    filmed(pair, tmp_path / "film.gif", epochs=1, draws=draws)
+    assert shown[-1][2].shape == (draws, WIDTH)
+    assert torch.equal(shown[-1][2], pv.sample(program, draws, mean=True, seed=1))
+
+
 def test_filming_does_not_change_the_run(tmp_path):
     plain, watched = vae(), vae()
     fit(plain, X, epochs=2)

@@ -15,7 +15,7 @@ LAYERS = [
     "rng files nets conditionals priors likelihoods posteriors",
     "models",
     "pairs sites layout traces bounds estimators objectives",
-    "batches hooks loop train evaluate",
+    "batches hooks loop train estimates evaluate",
     "data plots arviz_export film checkpoint config runs cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

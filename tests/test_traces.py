@@ -352,3 +352,18 @@ def test_gradients_reach_every_parameter():
         )
         assert all(isinstance(p, nn.Parameter) for p in used)
         assert all(g is not None and bool((g != 0).any()) for g in gradients), name
+
+
+def test_predictions_and_given_latents_have_data_first():
+    """(K, B, *plates, *event) comes out, (B, *plates, *event) goes in."""
+    c = case("nested")
+    drawn, values, means = predict(c.pair, *c.batch, particles=3)
+    assert {n: v.shape for n, v in drawn.items()} == {"z": (3, ROWS), "u": (3, ROWS, WIDTH)}
+    assert values["x"].shape == means["x"].shape == (3, ROWS, WIDTH)
+    given = {n: v[0] for n, v in drawn.items()}
+    again, _, mean = predict(c.pair, *c.batch, latents=given, particles=2)
+    for name, value in given.items():
+        assert torch.equal(again[name], value.expand(2, *value.shape))
+    torch.testing.assert_close(mean["x"], means["x"][0].expand(2, -1, -1))
+    with pytest.raises(ValueError, match=r"latents 'z': expected shape \(6,\), got \(6, 1\)"):
+        predict(c.pair, *c.batch, latents={"z": given["z"][:, None]})
