@@ -3,7 +3,7 @@
 The network and data of Burda et al. (2016), one stochastic layer: 784-200-200-50, tanh; pixels are redrawn at
 every presentation, in the test set too. Trained on all 60,000 training images with Adam and a cosine schedule.
 
-usage: python tests/bench/mnist.py [--particles 1 5] [--epochs 50] [--data-dir FOLDER]
+usage: python tests/bench/mnist.py [--particles 1 5] [--epochs 50] [--learning-rate 3e-3] [--data-dir FOLDER]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def network(mean: torch.Tensor) -> pv.VAE:
 
 
 def measure(
-    images: pv.Images, particles: int, epochs: int, test_particles: int, seed: int = 0
+    images: pv.Images, particles: int, epochs: int, test_particles: int, learning_rate: float = 3e-3, seed: int = 0
 ) -> dict[str, object]:
     """Train, evaluate, and return one row of results."""
     x = torch.cat([images.train.x, images.valid.x])
@@ -45,7 +45,7 @@ def measure(
         objective=pv.IWAE(particles) if particles > 1 else pv.ELBO(kl="analytic"),
         epochs=epochs,
         batch_size=100,
-        optimizer=partial(torch.optim.Adam, lr=2e-3, fused=True),
+        optimizer=partial(torch.optim.Adam, lr=learning_rate, fused=True),
         scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs * len(x) // 100),
         scheduler_every="step",
         seed=seed,
@@ -72,12 +72,13 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--particles", type=int, nargs="+", default=[1, 5])
     p.add_argument("--epochs", type=int, default=50)
+    p.add_argument("--learning-rate", type=float, default=3e-3)
     p.add_argument("--test-particles", type=int, default=5000)
     p.add_argument("--data-dir")
     a = p.parse_args()
     images = pv.mnist(a.data_dir)
     for k in a.particles:
-        print(json.dumps(measure(images, k, a.epochs, a.test_particles)), flush=True)
+        print(json.dumps(measure(images, k, a.epochs, a.test_particles, a.learning_rate)), flush=True)
 
 
 if __name__ == "__main__":
