@@ -17,7 +17,7 @@ from ppl_vae.layout import Layout, check_rows, check_supports, inspect
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.rng import seeded
 
-__all__ = ["Data", "Source", "Stream", "as_data", "placed", "prepare"]
+__all__ = ["Data", "Source", "Stream", "as_data", "prepare"]
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -222,11 +222,6 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
     first_column = None if source.transform else _pixels(source.columns[0], source.dtype)
     check_supports(inspect(pair, first), (first_column, *source.columns[1:]))
     return source
-
-
-def placed(pair: Pair, batch: Batch) -> Batch:
-    """A batch on the device of a pair and in its precision."""
-    return tuple(_placed(t, pair.device, pair.dtype) for t in batch)
 
 
 def _arity(pair: Pair) -> tuple[int, int | None]:
