@@ -19,8 +19,8 @@ from ppl_vae.bounds import Bound
 from ppl_vae.checkpoint import Save, load_weights, save_weights
 from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, Scale, bounded
 from ppl_vae.config import Config, build
-from ppl_vae.data import Images, digits, fashion_mnist, from_path, mnist, redraw, threshold
-from ppl_vae.estimators import Estimator, pathwise
+from ppl_vae.data import Images, digits, fashion_mnist, from_path, mnist
+from ppl_vae.estimators import Estimator, doubly, pathwise
 from ppl_vae.evaluate import (
     ActiveUnits,
     Estimate,
@@ -42,8 +42,9 @@ from ppl_vae.pairs import Pair, Program, as_pair
 from ppl_vae.posteriors import mean_field
 from ppl_vae.priors import StandardNormal, conditional_normal
 from ppl_vae.runs import RunFolder, load_run, train_run
-from ppl_vae.traces import LogTerms, log_terms
+from ppl_vae.traces import LogTerms, log_joint, log_terms
 from ppl_vae.train import NonFiniteError, Run, Update, fit
+from ppl_vae.transforms import Transform, redraw, threshold
 
 __version__ = "0.1.0"
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "fashion_mnist",
     "from_path",
     "mnist",
+    "Transform",
     "redraw",
     "threshold",
     # train
@@ -95,6 +97,7 @@ __all__ = [
     "PyroObjective",
     "Run",
     "Update",
+    "doubly",
     "fit",
     "linear",
     "pathwise",
@@ -106,6 +109,7 @@ __all__ = [
     "decode",
     "elbo",
     "encode",
+    "log_joint",
     "log_likelihood",
     "log_terms",
     "reconstruct",

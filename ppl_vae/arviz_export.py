@@ -20,9 +20,10 @@ from torch import Tensor
 from ppl_vae.batches import Data, as_data
 from ppl_vae.evaluate import presented
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
+from ppl_vae.predictive import predict
 from ppl_vae.rng import seeded
 from ppl_vae.sites import Site, data_first
-from ppl_vae.traces import by_datum, log_terms, predict, run_pair
+from ppl_vae.traces import by_datum, log_terms, run_pair
 
 __all__ = ["build", "to_arviz"]
 

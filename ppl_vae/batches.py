@@ -1,4 +1,4 @@
-"""Data as batches: columns in memory, gathered row by row, or a stream of batches made elsewhere."""
+"""Data as batches: columns in memory, gathered by rows where they lie, and other forms of data as streams."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ppl_vae.layout import Layout, check_rows, check_supports, inspect
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.rng import seeded
+from ppl_vae.streams import Stream, as_pixels, as_tensor, delivered, epoch_seed, placed
 
-__all__ = ["Data", "Source", "Stream", "as_data", "prepare"]
-
-Transform = Callable[[Tensor], Tensor]
+__all__ = ["Data", "Source", "Stream", "as_data", "fits", "prepare"]
 
 
 class Data:
@@ -30,22 +29,29 @@ class Data:
             columns get the precision of its parameters. A first column of uint8 holds pixels, kept small in
             memory and presented as x / 255; bool becomes 0 and 1.
         transform: applied to the first column of each batch whenever it is presented, for instance
-            `ppl_vae.redraw`, which draws binary pixels anew.
+            `ppl_vae.redraw`, which draws binary pixels anew. It runs on the device that batches go to, inside
+            the training step, and so must not read numbers back from there.
+
+    Attributes:
+        device: where batches are presented.
+        resident: whether the columns lie there too; others are gathered where they lie, and copied.
 
     Raises:
         ValueError: no columns, no rows, or columns of different lengths.
 
     >>> data = Data(torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0]))
-    >>> len(data), [len(x) for x, y in data.batches(2)]
-    (3, [2, 1])
+    >>> len(data), data.steps(2), [len(x) for x, y in data.batches(2)]
+    (3, 2, [2, 1])
     """
 
-    def __init__(self, *columns: Any, transform: Transform | None = None) -> None:
+    def __init__(self, *columns: Any, transform: Callable[[Tensor], Tensor] | None = None) -> None:
         if not columns:
             raise ValueError("Data: at least one column is needed")
-        self.columns = tuple(_as_tensor(c, f"column {i}") for i, c in enumerate(columns))
+        self.columns = tuple(as_tensor(c, f"column {i}") for i, c in enumerate(columns))
         self.transform = transform
         self.dtype: torch.dtype | None = None  # of the pair that takes them
+        self.device: torch.device | str = self.columns[0].device
+        self.resident = True
         lengths = [len(c) if c.dim() else 0 for c in self.columns]
         if lengths[0] == 0:
             raise ValueError("Data: column 0 is empty; at least one row is needed")
@@ -63,103 +69,72 @@ class Data:
         """Some of the rows, under the same transform."""
         return self.having(c[rows] for c in self.columns)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Data:
-        """The same data on a device and in a floating precision; what is so already is not copied."""
-        data = self.having(_placed(c, device, dtype) for c in self.columns)
-        data.dtype = dtype or self.dtype
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None, *, resident: bool = True) -> Data:
+        """The same data for a device and in a floating precision; what is so already is not copied.
+
+        Args:
+            device: where batches are presented.
+            dtype: of floating-point columns; by default as they are.
+            resident: move the columns there. Otherwise they stay, and batches of them are copied ahead of use.
+        """
+        data = self.having(placed(c, device if resident else c.device, dtype) for c in self.columns)
+        data.dtype, data.device, data.resident = dtype or self.dtype, device, resident
         return data
 
     def having(self, columns: Iterable[Tensor]) -> Data:
         """Other columns, presented in the same way."""
         data = Data(*columns, transform=self.transform)
-        data.dtype = self.dtype
+        data.dtype, data.device, data.resident = self.dtype, self.device, self.resident
         return data
 
+    def presented(self, columns: Batch, rows: slice | Tensor) -> Batch:
+        """A batch of some rows as the model sees it: a pure function of columns, rows and random draws.
+
+        Args:
+            columns: the data's own, or others in their place, as in a captured graph that takes them as inputs.
+            rows: which, as a slice or as indices (B,), on the columns' device.
+        """
+        return self._shown(_gathered(columns, rows))
+
     def present(self, rows: slice | Tensor) -> Batch:
-        """A batch of some rows as the model sees it, transformed."""
-        first, *rest = (c[rows] for c in self.columns)
-        first = _pixels(first, self.dtype)
-        return (first if self.transform is None else self.transform(first), *rest)
+        """A batch of some rows as the model sees it, transformed, on the device."""
+        return self._shown(tuple(placed(c, self.device) for c in _gathered(self.columns, rows)))
 
-    def batches(self, size: int, *, order: Tensor | None = None) -> Iterator[Batch]:
-        """All rows in batches of ``size`` (the last may be shorter), in the order given or their own."""
-        for start in range(0, len(self), size):
-            stop = start + size
-            yield self.present(slice(start, stop) if order is None else order[start:stop])
+    def steps(self, size: int) -> int:
+        """How many batches of ``size`` there are, the last of which may be shorter."""
+        return -(-len(self) // size)
 
-    def epoch(self, size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """All rows shuffled: an order that depends on the seed and the epoch's number alone."""
-        generator = torch.Generator().manual_seed(_epoch_seed(seed, epoch))
+    def rows(self, size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+        """The row indices of each batch of an epoch, int64 (size,) or fewer, on the columns' device.
+
+        All rows shuffled: the order depends on the seed and the epoch's number alone, not on the device.
+        """
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(self), generator=generator)
-        return self.batches(size, order=order.to(self.columns[0].device))
+        return iter(torch.split(placed(order, self.columns[0].device), size))
 
-
-class Stream:
-    """Batches from an iterable: a DataLoader, a list of batches, anything that can be iterated again.
-
-    Args:
-        source: the iterable; each item is a tensor, an array, or a tuple or list of them, treated as columns of
-            `Data` are.
-        shuffled: another order of the same data, for training; by default the source itself.
-        device: where batches are moved as they come.
-
-    Raises:
-        ValueError: an iterator, which could serve one epoch only.
-    """
-
-    def __init__(
-        self,
-        source: Iterable[Any],
-        shuffled: DataLoader[Any] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if isinstance(source, Iterator):
-            raise ValueError(
-                "data: an iterator is used up after one epoch; give something that can be iterated again "
-                "(a DataLoader, a list, or an object whose __iter__ starts anew)"
-            )
-        self.source, self.shuffled, self.device = source, shuffled, device
-        self.dtype: torch.dtype | None = None
-        self.width: int | None = None  # how many of a batch's tensors to pass on
-        self.check: Callable[[Batch], None] | None = None  # refuses a batch, before it goes to the device
-
-    def __repr__(self) -> str:
-        return f"Stream({type(self.source).__name__})"
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Stream:
-        """The same stream, its batches moved to a device and a floating precision as they come."""
-        stream = Stream(self.source, self.shuffled, device)
-        stream.dtype, stream.width, stream.check = dtype or self.dtype, self.width, self.check
-        return stream
-
-    def batches(self, size: int | None = None) -> Iterator[Batch]:
-        """One pass over the source, in its own order and batch size."""
-        return self._read(self.source)
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All rows in their own order in batches of ``size``; the last may be shorter."""
+        return self._batches(slice(start, start + size) for start in range(0, len(self), size))
 
     def epoch(self, size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """One pass for training; a Dataset's order depends on the seed and the epoch's number alone."""
-        if self.shuffled is not None and self.shuffled.generator is not None:
-            self.shuffled.generator.manual_seed(_epoch_seed(seed, epoch))
-        return self._read(self.source if self.shuffled is None else self.shuffled)
+        """All rows shuffled, in the order of `rows`."""
+        return self._batches(self.rows(size, seed, epoch))
 
-    def _read(self, source: Iterable[Any]) -> Iterator[Batch]:
-        empty = True
-        for number, item in enumerate(source):
-            empty = False
-            batch = tuple(_placed(t, t.device, self.dtype) for t in _as_batch(item)[: self.width])
-            if self.check is not None:
-                try:
-                    self.check((_pixels(batch[0], self.dtype), *batch[1:]))
-                except ValueError as error:
-                    which = "shuffled data" if source is self.shuffled else "data"
-                    raise ValueError(f"{which} batch {number}: {error}") from error
-            first, *rest = (_placed(t, self.device, self.dtype) for t in batch)
-            yield (_pixels(first, self.dtype), *rest)
-        if empty:
-            raise ValueError("data: the iterable gave no batch; at least one is needed")
+    def _batches(self, parts: Iterator[slice | Tensor] | Iterator[Tensor]) -> Iterator[Batch]:
+        if self.resident:
+            return map(self.present, parts)
+        jobs = (partial(_gathered, self.columns, rows) for rows in parts)
+        return (self._shown(batch) for batch in delivered(jobs, self.device))
+
+    def _shown(self, batch: Batch) -> Batch:
+        first = as_pixels(batch[0], self.dtype)
+        return (first if self.transform is None else self.transform(first), *batch[1:])
 
 
 Source = Data | Stream
+
+_CHUNK = 2**24  # entries that are checked at once
 
 
 def as_data(data: Any, batch_size: int = 128) -> Source:
@@ -197,11 +172,12 @@ def as_data(data: Any, batch_size: int = 128) -> Source:
 
 
 def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device | str | None = None) -> Source:
-    """Data for a pair: on its device, with no more columns than the model takes, checked before any use.
+    """Data for a pair: for its device, with no more columns than the model takes, checked before any use.
 
     Columns beyond the model's arguments (labels, say) are left out. Everything in memory is checked now, for
-    NaN and for values outside what the likelihood is defined on. A stream is checked on its first batch now,
-    and on every batch when it comes, before that goes to the device.
+    NaN and for values outside what the likelihood and the transform are defined on, and moved to the device if
+    it `fits`; else it stays where it is, and batches are copied ahead of their use. A stream is checked on its
+    first batch now, and on every batch when it comes, before that goes to the device.
 
     Raises:
         ValueError: the data do not suit the pair (the message names the site or column, the row, the value), or
@@ -209,19 +185,74 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
     """
     _check_size(batch_size)
     device = pair.device if device is None else device
-    source, (least, most) = as_data(data, batch_size).to(device, pair.dtype), _arity(pair)
+    source, (least, most) = as_data(data, batch_size), _arity(pair)
     if isinstance(source, Stream):
+        source = source.to(device, pair.dtype)
         source.width, source.check = most, partial(_check_batch, pair, least, None)
-        source.check = partial(_check_batch, pair, least, inspect(pair, next(source.batches())))
+        first = next(source.to("cpu").batches())  # it alone, and not what would follow onto a GPU
+        layout = inspect(pair, tuple(placed(c, device) for c in first))
+        source.check = partial(_check_batch, pair, least, layout)
         return source
     _check_count(len(source.columns), least)
     source = source.having(source.columns[:most])
+    source = source.to(device, pair.dtype, resident=fits(_bytes(source.columns, pair.dtype), device))
     check_rows(pair, source.columns, "data column")
+    _check_levels(source)
     with seeded(0, device):  # a transform may draw
-        first = source.present(slice(0, batch_size))
-    first_column = None if source.transform else _pixels(source.columns[0], source.dtype)
-    check_supports(inspect(pair, first), (first_column, *source.columns[1:]))
+        layout = inspect(pair, source.present(slice(0, batch_size)))
+    _check_supports(layout, source)
     return source
+
+
+def fits(size: int, device: torch.device | str) -> bool:
+    """Whether columns of ``size`` bytes may lie on a device: on CUDA half of what is free, else any."""
+    if torch.device(device).type != "cuda":
+        return True
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, not in use
+    return 2 * size <= torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _bytes(columns: Batch, dtype: torch.dtype) -> int:
+    """What columns would take on a GPU in the precision of a pair, less those that lie on one already."""
+    sizes = (c.numel() * (dtype if c.is_floating_point() else c.dtype).itemsize for c in columns if not c.is_cuda)
+    return sum(sizes)
+
+
+def _gathered(columns: Batch, rows: slice | Tensor) -> Batch:
+    """Some rows of each column."""
+    if isinstance(rows, slice):
+        return tuple(c[rows] for c in columns)
+    return tuple(c.index_select(0, rows) for c in columns)  # on bytes eight times as fast as c[rows]
+
+
+def _check_levels(data: Data) -> None:
+    """Raise ValueError if the first column has entries that the transform, such as `ppl_vae.redraw`, refuses."""
+    support, first = getattr(data.transform, "support", None), data.columns[0]
+    if support is None or first.dtype == torch.uint8:
+        return
+    wrong = ~support.check(first).reshape(len(first), -1)
+    if bool(wrong.any()):
+        row = int(wrong.any(1).nonzero()[0])
+        value = float(first[row].flatten()[wrong[row]][0])
+        raise ValueError(
+            f"data column 0: {data.transform!r} takes {support}, got {value:g} in row {row}; rescale the data"
+        )
+
+
+def _check_supports(layout: Layout, data: Data) -> None:
+    """Raise ValueError if a column has entries outside its site's support, part by part to save memory.
+
+    What a transform makes of the first column is not known, and left out.
+    """
+    size = max(1, len(data) * _CHUNK // max(1, sum(c.numel() for c in data.columns)))
+    for start in range(0, len(data), size):
+        first, *rest = (c[start : start + size] for c in data.columns)
+        try:
+            check_supports(layout, (None if data.transform else as_pixels(first, data.dtype), *rest))
+        except ValueError as error:
+            if start == 0:
+                raise
+            raise ValueError(f"data from row {start} on: {error}") from error
 
 
 def _arity(pair: Pair) -> tuple[int, int | None]:
@@ -258,37 +289,3 @@ def _check_count(count: int, least: int) -> None:
         raise ValueError(
             f"data: the model takes {least} tensors, got {count}; give x and its conditions as a tuple of columns"
         )
-
-
-def _pixels(first: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The first tensor of a batch as it is presented: bytes as x / 255."""
-    return first.to(dtype or torch.get_default_dtype()) / 255.0 if first.dtype == torch.uint8 else first
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return (seed * 1_000_003 + epoch) % 2**63
-
-
-def _as_tensor(column: Any, name: str) -> Tensor:
-    if not isinstance(column, Tensor | np.ndarray):
-        raise ValueError(f"{name}: expected a tensor or an array, got {type(column).__name__}")
-    if isinstance(column, np.ndarray):
-        column = np.require(column, requirements=["C", "W"])  # torch takes neither flipped nor read-only ones
-    try:
-        tensor = torch.as_tensor(column)
-    except TypeError as error:
-        raise ValueError(f"{name}: an array of {column.dtype} cannot become a tensor") from error
-    return tensor.float() if tensor.dtype == torch.bool else tensor
-
-
-def _placed(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
-    """On a device; in a precision, if it is a floating-point tensor."""
-    onto_gpu = torch.device(device).type == "cuda"  # only that way is an unfinished copy waited for
-    return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=onto_gpu)
-
-
-def _as_batch(item: Any) -> Batch:
-    parts = item if isinstance(item, tuple | list) else (item,)
-    if not parts:
-        raise ValueError("data: a batch holds no tensors")
-    return tuple(_as_tensor(part, f"batch item {i}") for i, part in enumerate(parts))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ppl_vae.batches import Data
 from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, Scale
-from ppl_vae.data import Images, Split, digits, fashion_mnist, from_path, mnist, redraw, subset, threshold
+from ppl_vae.data import Images, Split, digits, fashion_mnist, from_path, mnist, subset
 from ppl_vae.files import PathLike
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models import CVAE, VAE
@@ -32,6 +32,7 @@ from ppl_vae.posteriors import mean_field
 from ppl_vae.priors import StandardNormal, conditional_normal
 from ppl_vae.rng import seeded
 from ppl_vae.traces import KL
+from ppl_vae.transforms import redraw, threshold
 
 __all__ = ["Config", "build", "images_of", "objective_of", "presented"]
 

@@ -17,7 +17,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 __all__ = ["DataUnavailable", "Images", "Split", "digits", "fashion_mnist", "from_folder", "from_npy"]
-__all__ += ["from_npz", "from_path", "mnist", "redraw", "subset", "threshold"]
+__all__ += ["from_npz", "from_path", "mnist", "subset"]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Array: TypeAlias = NDArray[Any]
@@ -217,37 +217,6 @@ def from_folder(path: PathLike, seed: int = 0) -> Images:
     x = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
     names = np.array([file.relative_to(path).parts[0] for file in files])
     return _images(path, {"train": x}, {} if files[0].parent == path else {"train": names}, seed)
-
-
-@dataclass(frozen=True, repr=False)
-class _Transform:
-    name: str
-    rule: Callable[[Tensor], Tensor]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.rule(x)
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-redraw = _Transform("redraw", torch.bernoulli)
-"""Transform: x ~ Bernoulli(grey level), drawn from torch's default stream each time a batch is presented."""
-
-
-def threshold(level: float = 0.5) -> Callable[[Tensor], Tensor]:
-    """Make a transform that turns pixels above `level` into 1 and the others into 0.
-
-    Raises:
-        ValueError: If `level` is outside [0, 1), where every picture would become blank.
-
-    Example:
-        >>> threshold(0.5)(torch.tensor([0.2, 0.5, 0.9]))
-        tensor([0., 0., 1.])
-    """
-    if not 0 <= level < 1:
-        raise ValueError(f"level must be in [0, 1), got {level}")
-    return _Transform(f"threshold({level:g})", lambda x: (x > level).to(x.dtype))
 
 
 def _deal(whole: Split, sizes: Sequence[int], seed: int) -> list[Split]:

@@ -23,6 +23,7 @@ class Estimate:
         direction: whether the expected value lies below log p(x), above it, or at it.
         diagnostics: further numbers per datum, name -> (N,), such as the effective sample size.
         name: what was estimated, for printing.
+        engine: how it was computed, for the record: "eager", or how it was captured.
     """
 
     value: Tensor
@@ -30,6 +31,7 @@ class Estimate:
     direction: Direction
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     name: str = "log p(x)"
+    engine: str = "eager"
 
     @property
     def mean(self) -> float:

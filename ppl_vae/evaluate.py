@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.batches import Data, prepare
+from ppl_vae.batches import Data, Source, prepare
+from ppl_vae.capture import Compile, Engine
 from ppl_vae.estimates import ActiveUnits, Estimate
 from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
+from ppl_vae.predictive import guide_means, inspect_shapes, predict
 from ppl_vae.rng import seeded
-from ppl_vae.traces import KL, LogTerms, guide_means, inspect_shapes, log_terms, predict
+from ppl_vae.streaming import Streamed, add_means, add_weights, expected_rows, mean_stderr, weight_stderr
+from ppl_vae.traces import KL
 
 __all__ = [
     "ActiveUnits",
@@ -45,6 +48,7 @@ def log_likelihood(
     batch_size: int = 100,
     chunk: int = 100,
     seed: int = 0,
+    compile: Compile = "auto",
 ) -> Estimate:
     """Importance-weighted lower bound on log p(x) (Burda et al. 2016, eq. 8), log 1/K Σ p(x, z_k) / q(z_k | x).
 
@@ -58,6 +62,7 @@ def log_likelihood(
         batch_size: data per batch.
         chunk: particles per batch held at once.
         seed: fixes the draws, and redrawn pixels.
+        compile: as in `ppl_vae.fit`; "auto" compiles from a million draws on.
 
     Returns:
         Lower bound per datum. Its standard error is the delta method's, sd(w) / (mean(w) √K). Diagnostics:
@@ -67,16 +72,17 @@ def log_likelihood(
         ValueError: fewer than one particle or chunk; data that do not suit the pair; a weight that is NaN.
     """
     _positive(particles=particles, chunk=chunk)
-    values, errors, sizes = [], [], []
+    engine = Engine(compile)
     with _judging(program, seed) as pair:
-        for row, batch in presented(pair, data, batch_size, seed):
-            first, second = _streamed_sums(pair, batch, row, particles, chunk)
-            ess = (2 * first - second).exp()
-            values.append(first - math.log(particles))
-            errors.append(_delta_stderr(ess, particles))
-            sizes.append(ess)
-    value, stderr, ess = (torch.cat(parts).cpu() for parts in (values, errors, sizes))
-    return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}")
+        source = prepare(pair, data, batch_size)
+        rows = expected_rows(source, batch_size)
+        start = (-math.inf, -math.inf)
+        sums = Streamed(engine, pair, add_weights, start, particles=particles, chunk=chunk, rows=rows)
+        parts = [sums(row, batch) for row, batch in _presented(pair, source, batch_size, seed)]
+    first, second = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    ess = (2 * first - second).exp()
+    value, stderr = first - math.log(particles), weight_stderr(ess, particles)
+    return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}", engine.describe())
 
 
 def presented(pair: Pair, data: Any, batch_size: int, seed: int) -> Iterator[tuple[int, Batch]]:
@@ -85,7 +91,11 @@ def presented(pair: Pair, data: Any, batch_size: int, seed: int) -> Iterator[tup
     Each batch is presented under a seed of its own, so that redrawn pixels depend on ``seed`` and
     ``batch_size`` alone: whatever is drawn between batches, all estimates judge the same pixels.
     """
-    batches, row, number = prepare(pair, data, batch_size).batches(batch_size), 0, 0
+    return _presented(pair, prepare(pair, data, batch_size), batch_size, seed)
+
+
+def _presented(pair: Pair, source: Source, batch_size: int, seed: int) -> Iterator[tuple[int, Batch]]:
+    batches, row, number = source.batches(batch_size), 0, 0
     while True:
         with seeded(Random(f"{seed} {number}").getrandbits(63), pair.device):
             batch = next(batches, None)
@@ -93,47 +103,6 @@ def presented(pair: Pair, data: Any, batch_size: int, seed: int) -> Iterator[tup
             return
         yield row, batch
         row, number = row + len(batch[0]), number + 1
-
-
-def _chunks(
-    pair: Pair, batch: Batch, row: int, particles: int, chunk: int, kl: KL = "sampled"
-) -> Iterator[tuple[LogTerms, Tensor]]:
-    """Exactly ``particles`` draws, at most ``chunk`` at a time: their terms and their log weights."""
-    for start in range(0, particles, chunk):
-        terms = log_terms(pair, *batch, particles=min(chunk, particles - start), kl=kl)
-        yield terms, _judged(terms, batch, row)
-
-
-def _streamed_sums(pair: Pair, batch: Batch, row: int, particles: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Log Σ w and log Σ w² over exactly ``particles`` draws, each (B,) in float64."""
-    first = second = torch.full((len(batch[0]),), -math.inf, dtype=torch.float64, device=batch[0].device)
-    for _, weight in _chunks(pair, batch, row, particles, chunk):
-        first = torch.logaddexp(first, weight.logsumexp(0))
-        second = torch.logaddexp(second, (2 * weight).logsumexp(0))
-    return first, second
-
-
-def _judged(terms: LogTerms, batch: Batch, row: int) -> Tensor:
-    """Log weights (K, B) in float64, one column for each datum of the batch, whose first is ``row``."""
-    weight = terms.weight().double()
-    if weight.shape[1] != len(batch[0]):
-        raise ValueError(
-            f"program: {weight.shape[1]} rows in its data plate for a batch of {len(batch[0])}; "
-            "to judge each datum, the plate must hold the whole batch"
-        )
-    if bool((wrong := weight.isnan().any(0)).any()):  # -inf is an answer: a datum that the model cannot make
-        raise ValueError(
-            f"data: the log weight of row {row + int(wrong.nonzero()[0])} is NaN; look for parameters that "
-            "are NaN, and for scales that overflow or vanish there"
-        )
-    return weight
-
-
-def _delta_stderr(ess: Tensor, particles: int) -> Tensor:
-    """Standard error of log mean(w): var(w) / mean(w)² = K / ESS - 1, with the sample variance's K - 1."""
-    if particles == 1:
-        return torch.full_like(ess, math.nan)
-    return ((particles / ess - 1).clamp_min(0) / (particles - 1)).sqrt()
 
 
 @torch.no_grad()
@@ -146,6 +115,7 @@ def elbo(
     batch_size: int = 100,
     chunk: int = 100,
     seed: int = 0,
+    compile: Compile = "auto",
 ) -> Estimate:
     """The evidence lower bound, with the rate and the distortion it is made of.
 
@@ -157,6 +127,7 @@ def elbo(
         batch_size: data per batch.
         chunk: particles per batch held at once.
         seed: fixes the draws, and redrawn pixels.
+        compile: as in `ppl_vae.fit`; "auto" compiles from a million draws on.
 
     Returns:
         ELBO per datum. Diagnostics: ``rate``, KL(q || p) in nats, and ``distortion``, -E_q log p(x | z);
@@ -166,27 +137,18 @@ def elbo(
         ValueError: fewer than one particle or chunk; data that do not suit the pair; a weight that is NaN.
     """
     _positive(particles=particles, chunk=chunk)
-    columns = []
+    engine = Engine(compile)
     with _judging(program, seed) as pair:
-        for row, batch in presented(pair, data, batch_size, seed):
-            columns.append(_streamed_means(pair, batch, row, particles, chunk, kl))
-    value, rate, distortion, stderr = torch.cat(columns, 1).cpu()
-    return Estimate(value, stderr, "lower", {"rate": rate, "distortion": distortion}, "ELBO")
-
-
-def _streamed_means(pair: Pair, batch: Batch, row: int, particles: int, chunk: int, kl: KL) -> Tensor:
-    """Means of weight, rate and distortion over the draws, and the first one's standard error: float64 (4, B)."""
-    zero = torch.zeros(len(batch[0]), dtype=torch.float64, device=batch[0].device)
-    sums, centre, first, second = zero.expand(3, -1), None, zero, zero
-    for terms, weight in _chunks(pair, batch, row, particles, chunk, kl):
-        means = [weight.mean(0), terms.rate.double().mean(0), -terms.likelihood.double().mean(0)]
-        sums = sums + len(weight) * torch.stack(means)
-        centre = means[0] if centre is None else centre  # squares of what is left do not cancel
-        first, second = first + (weight - centre).sum(0), second + (weight - centre).square().sum(0)
-    if particles == 1:
-        return torch.stack([*sums, torch.full_like(zero, math.nan)])
-    variance = (second - first.square() / particles).clamp_min(0) / (particles - 1)
-    return torch.stack([*(sums / particles), (variance / particles).sqrt()])
+        source = prepare(pair, data, batch_size)
+        rows = expected_rows(source, batch_size)
+        start = (0.0, 0.0, 0.0, math.nan, 0.0, 0.0)
+        sums = Streamed(engine, pair, add_means, start, particles=particles, chunk=chunk, kl=kl, rows=rows)
+        parts = [sums(row, batch) for row, batch in _presented(pair, source, batch_size, seed)]
+    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+    value, rate, distortion = (total / particles for total in columns[:3])
+    stderr = mean_stderr(columns, particles)
+    diagnostics = {"rate": rate, "distortion": distortion}
+    return Estimate(value, stderr, "lower", diagnostics, "ELBO", engine.describe())
 
 
 def active_units(

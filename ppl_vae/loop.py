@@ -12,17 +12,18 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ppl_vae.batches import Source
+from ppl_vae.capture import Captured, Engine
 from ppl_vae.hooks import Hook
 from ppl_vae.objectives import Objective
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.rng import seeded
+from ppl_vae.steps import Feed, Stepper
 from ppl_vae.traces import log_terms
+from ppl_vae.updates import Update
 
-__all__ = ["Loop", "NonFiniteError", "Run", "Update", "diagnose", "snapshot"]
+__all__ = ["Loop", "NonFiniteError", "Run", "diagnose", "snapshot"]
 
 
 class NonFiniteError(FloatingPointError):
@@ -37,42 +38,6 @@ class NonFiniteError(FloatingPointError):
         self.run = run
 
 
-class Update:
-    """One optimizer step on one objective: a function of parameters, optimizer state, batch and random draws.
-
-    Nothing in it reads a number back from the device, so that it can be captured as one graph.
-
-    Args:
-        name: what its value is called in errors, such as "objective".
-        pair: the pair.
-        objective: what to maximise.
-        optimizer: torch optimizer over parameters of the pair.
-        clip_norm: largest norm of the gradient, or None.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        pair: Pair,
-        objective: Objective,
-        optimizer: Optimizer,
-        clip_norm: float | None = None,
-    ) -> None:
-        self.name, self.pair, self.objective = name, pair, objective
-        self.optimizer, self.clip_norm = optimizer, clip_norm
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Take the step; return the mean objective over the batch, a scalar on the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        value: Tensor = self.objective(self.pair, *batch).mean()
-        torch.autograd.backward(-value)
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
-        self.optimizer.step()
-        return value.detach()
-
-
 @dataclass
 class Run:
     """A training run: what hooks see while it goes on, and what ``fit`` returns.
@@ -85,6 +50,7 @@ class Run:
             given to ``fit``, whatever is annealed), valid_stderr (over data), lr, seconds, per_second (data).
         updates: the optimizer steps that one batch makes, in order; the first one's value is reported.
         schedule: the learning-rate scheduler, if there is one.
+        engine: how steps and validation run; ``run.engine.describe()`` tells what became of it.
         epoch: epochs done.
         step: steps done.
         best_epoch: the epoch whose weights the pair holds, by the validation objective; None without one.
@@ -96,6 +62,7 @@ class Run:
     epochs: int
     updates: list[Update] = field(default_factory=list)
     schedule: LRScheduler | None = None
+    engine: Engine = field(default_factory=lambda: Engine("off"))
     validated: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     epoch: int = 0
@@ -118,23 +85,43 @@ class Run:
 class Loop:
     """The training loop: epochs of steps, readings of the losses between them, validation after them."""
 
-    def __init__(self, run: Run, hooks: Sequence[Hook], *, every_step: bool, report_every: int) -> None:
-        self.run, self.hooks = run, hooks
-        self.every_step, self.report_every = every_step, report_every
+    def __init__(
+        self,
+        run: Run,
+        train: Feed,
+        valid: Feed | None,
+        hooks: Sequence[Hook],
+        *,
+        every_step: bool,
+        report_every: int,
+        seed: int,
+    ) -> None:
+        self.run, self.train, self.hooks = run, train, hooks
+        self.every_step, self.report_every, self.seed = every_step, report_every, seed
         self.parameters = [p for update in run.updates for p in update.parameters]
+        self.steppers = [Stepper(update, run.engine, train) for update in run.updates]
+        self.valid = None if valid is None else (valid, self.captured(valid))
         self.first = 0  # the first step of this epoch
         self.best: dict[str, Tensor] | None = None
         self.good = self.latest = snapshot(run.pair)  # the latest is good once its objective is finite
         self.given = snapshot(run.objective)
 
-    def go(self, source: Source, valid: Source | None, batch_size: int, seed: int) -> None:
+    def captured(self, feed: Feed) -> Captured:
+        """The objective's values on a feed's items, without gradients."""
+        pair, goal = self.run.pair, self.run.objective
+
+        def values(*arguments: Tensor) -> Sequence[Tensor]:
+            return (goal(pair, *feed.present(*arguments)),)
+
+        return Captured(self.run.engine, [pair, goal], values, feed.uses, goal.obstacle(pair))
+
+    def go(self) -> None:
         """Run to the end, and call ``on_end`` however it comes."""
         run = self.run
-        self.batch_size, self.seed = batch_size, seed
         try:
             self.call("on_start")
             while run.epoch < run.epochs and not run.stopping:
-                self.one_epoch(source, valid)
+                self.one_epoch()
             run.reason = run.reason or "all epochs done"
         except KeyboardInterrupt:
             run.interrupted, run.reason = True, "interrupted"
@@ -157,26 +144,26 @@ class Loop:
             for hook in reversed(self.hooks):
                 stack.callback(hook.on_end, self.run)
 
-    def one_epoch(self, source: Source, valid: Source | None) -> None:
+    def one_epoch(self) -> None:
         """All batches once, then validation, the history's row, and the hooks."""
         run, start = self.run, time.perf_counter()
         run.pair.train()
         self.first, total, count, pending = run.step, 0.0, 0, Pending()
-        for batch in source.epoch(self.batch_size, self.seed, run.epoch):
+        for item in self.train.epoch(self.seed, run.epoch):
             self.call("on_step")
-            values = [update(batch) for update in run.updates]
-            pending.add(values[0], len(batch[0]))
+            values = [stepper(item) for stepper in self.steppers]
+            pending.add(values[0], len(item[0]))
             run.step += 1
             if run.schedule is not None and self.every_step:
                 run.schedule.step()
             if len(pending.values) == self.report_every:
-                total, count = self.read(pending, source, total, count)
+                total, count = self.read(pending, total, count)
         if pending.values:
-            total, count = self.read(pending, source, total, count)
+            total, count = self.read(pending, total, count)
         if not self.finite():
-            self.fail(f"step {run.step} made a parameter NaN or infinite", self.again(source, run.step - 1))
+            self.fail(f"step {run.step} made a parameter NaN or infinite", self.again(run.step - 1))
         seconds = time.perf_counter() - start
-        mean, stderr = (math.nan, math.nan) if valid is None else self.validate(valid)
+        mean, stderr = (math.nan, math.nan) if self.valid is None else self.validate(*self.valid)
         run.epoch += 1
         run.history.append(
             {
@@ -190,9 +177,9 @@ class Loop:
                 "per_second": count / seconds,
             }
         )
-        if valid is not None and mean >= run.best:
+        if self.valid is not None and mean >= run.best:
             run.best_epoch, self.best = run.epoch, snapshot(run.pair)
-        self.adjust(total / count if valid is None else mean)
+        self.adjust(total / count if self.valid is None else mean)
         self.call("on_epoch")
 
     def adjust(self, value: float) -> None:
@@ -203,7 +190,7 @@ class Loop:
         elif schedule is not None and not self.every_step:
             schedule.step()
 
-    def read(self, pending: Pending, source: Source, total: float, count: int) -> tuple[float, int]:
+    def read(self, pending: Pending, total: float, count: int) -> tuple[float, int]:
         """Bring the pending values to the host: the only wait for the device within an epoch."""
         values, sizes, seconds = pending.take()
         wrong = next((i for i, v in enumerate(values) if not math.isfinite(v)), None)
@@ -213,7 +200,7 @@ class Loop:
             step = self.run.step - len(values) + wrong
             self.fail(
                 f"the {self.run.updates[0].name} became {values[wrong]} at step {step + 1}",
-                self.again(source, step),
+                self.again(step),
             )
         self.latest = snapshot(self.run.pair)
         part = sum(v * n for v, n in zip(values, sizes, strict=True))
@@ -224,9 +211,10 @@ class Loop:
         """Whether all parameters are; a gradient may be NaN though the objective is not."""
         return bool(torch.stack([p.isfinite().all() for p in self.parameters]).all())
 
-    def again(self, source: Source, step: int) -> Iterator[Batch]:
+    def again(self, step: int) -> Iterator[Batch]:
         """The batches of this epoch once more, from that of a step (counted from 0) on."""
-        return islice(source.epoch(self.batch_size, self.seed, self.run.epoch), step - self.first, None)
+        feed = self.train
+        return islice(feed.source.epoch(feed.size, self.seed, self.run.epoch), step - self.first, None)
 
     def fail(self, what: str, batches: Iterator[Batch]) -> NoReturn:
         """Put good parameters back, the best if there are, and raise; the first batch tells the likely cause."""
@@ -240,21 +228,21 @@ class Loop:
         )
 
     @torch.no_grad()
-    def validate(self, valid: Source) -> tuple[float, float]:
+    def validate(self, valid: Feed, objective: Captured) -> tuple[float, float]:
         """Mean objective and its standard error over data; the same draws every time, the stream left alone."""
         pair, goal = self.run.pair.eval(), self.run.objective
         annealed = snapshot(goal)
         goal.load_state_dict(self.given)  # under a rising beta, the first epochs would look best
         try:
             with seeded(self.seed, pair.device):
-                parts = [goal(pair, *b) for b in valid.batches(self.batch_size)]
+                parts = [objective(*valid.columns, *item)[0] for item in valid.ordered()]
         finally:
             goal.load_state_dict(annealed)
         values = torch.cat(parts).double().cpu()
         if values.isnan().any():
             wrong = next(i for i, part in enumerate(parts) if part.isnan().any())
             what = f"the validation objective became nan after step {self.run.step}"
-            self.fail(what, islice(valid.batches(self.batch_size), wrong, None))
+            self.fail(what, islice(valid.source.batches(valid.size), wrong, None))
         return float(values.mean()), self.spread(parts)
 
     def spread(self, parts: list[Tensor]) -> float:

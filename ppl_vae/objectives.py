@@ -35,6 +35,10 @@ class Objective(nn.Module, ABC):
         """Whether the values are those of each datum, or the mean of the batch repeated."""
         return True
 
+    def obstacle(self, pair: Pair) -> str | None:
+        """Why a step on it cannot be captured as a graph, in one line; None where it can."""
+        return None
+
 
 class BoundObjective(Objective):
     """A bound on log p(x) and the estimator of its gradient.
@@ -48,7 +52,7 @@ class BoundObjective(Objective):
         kl: whether the rate is a closed form; see `ppl_vae.traces.log_terms`.
 
     Raises:
-        ValueError: fewer than one particle, negative beta, unknown kl.
+        ValueError: an estimator that cannot be called, fewer than one particle, negative beta, unknown kl.
     """
 
     beta: Tensor
@@ -63,6 +67,8 @@ class BoundObjective(Objective):
         kl: KL = "sampled",
     ) -> None:
         super().__init__()
+        if not callable(estimator):
+            raise ValueError(f"estimator: expected a function such as pathwise or doubly, got {estimator!r}")
         if particles < 1:
             raise ValueError(f"particles must be at least 1, got {particles}")
         if not 0 <= beta < float("inf"):
@@ -79,23 +85,32 @@ class BoundObjective(Objective):
     def extra_repr(self) -> str:
         """Name the bound and its settings."""
         name = getattr(self.bound, "__name__", repr(self.bound))
-        return f"{name}, particles={self.particles}, kl={self.kl}"
+        estimator = getattr(self.estimator, "__name__", repr(self.estimator))
+        return f"{name}, particles={self.particles}, kl={self.kl}, estimator={estimator}"
 
 
-def ELBO(particles: int = 1, *, kl: KL = "sampled", beta: float = 1.0) -> BoundObjective:  # noqa: N802
+def ELBO(  # noqa: N802
+    particles: int = 1, *, kl: KL = "sampled", beta: float = 1.0, estimator: Estimator = pathwise
+) -> BoundObjective:
     """The evidence lower bound, averaged over ``particles`` draws (Kingma & Welling 2014).
 
     Args:
         particles: draws per datum; more of them lower the gradient's variance, not the bound's looseness.
         kl: "sampled" (eq. 2, as Pyro's Trace_ELBO), "analytic" (eq. 3, as TraceMeanField_ELBO), or "auto".
         beta: weight of the KL.
+        estimator: of the gradient; `doubly` is sticking the landing (Roeder et al. 2017), with a sampled KL.
     """
-    return BoundObjective(elbo, particles=particles, beta=beta, kl=kl)
+    return BoundObjective(elbo, estimator, particles=particles, beta=beta, kl=kl)
 
 
-def IWAE(particles: int = 5) -> BoundObjective:  # noqa: N802
-    """The importance-weighted bound of ``particles`` draws (Burda et al. 2016): tighter with each more."""
-    return BoundObjective(iwae, particles=particles)
+def IWAE(particles: int = 5, *, estimator: Estimator = pathwise) -> BoundObjective:  # noqa: N802
+    """The importance-weighted bound of ``particles`` draws (Burda et al. 2016): tighter with each more.
+
+    Args:
+        particles: K.
+        estimator: of the gradient; with `doubly`, the guide's does not drown in noise as K grows.
+    """
+    return BoundObjective(iwae, estimator, particles=particles)
 
 
 class PyroObjective(Objective):
@@ -138,6 +153,13 @@ class PyroObjective(Objective):
         """Only where the ELBO is lowered; Pyro itself gives one number for a batch."""
         layout: Layout = pair.layout
         return self.kl is not None and not layout.outside and not layout.score_only
+
+    def obstacle(self, pair: Pair) -> str | None:
+        """Pyro's own ELBOs read their losses back at every site."""
+        if self.kl is not None and self.per_datum(pair):
+            return None
+        name = type(self.loss).__name__
+        return f"{name} runs through Pyro's own loss_and_grads, which reads numbers back at every site"
 
     def _through_pyro(self, pair: Pair, batch: Batch) -> Tensor:
         """Pyro's loss as a scalar tensor with Pyro's gradient.

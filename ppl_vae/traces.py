@@ -6,7 +6,7 @@ densities are unscaled: a subsampling plate's N/B never gets inside an importanc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,24 +17,27 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_vae.layout import Layout, inspect
 from ppl_vae.pairs import Batch, Pair
-from ppl_vae.sites import Site, base, data_first, family, hand_scale, mean_of, plate_shape, statements
+from ppl_vae.sites import Site, base, data_first, family, hand_scale, plate_shape, statements
 
 __all__ = [
     "KL",
     "LogTerms",
     "by_datum",
-    "guide_means",
-    "inspect_shapes",
+    "check_table",
+    "log_joint",
     "log_terms",
-    "predict",
     "require_guided",
+    "run_guide",
+    "run_model",
     "run_pair",
+    "tabulate",
+    "with_values",
 ]
 
 KL = Literal["sampled", "analytic", "auto"]
@@ -90,6 +93,137 @@ def log_terms(
         ValueError: a site that is not inside the data plate (dim -1), has event dimensions not declared, is
             scaled by hand, or has no analytic KL though it was asked for; the message names the site.
     """
+    check_table(pair, batch, particles)
+    guide = run_guide(pair, batch, particles)
+    model = run_model(pair, batch, particles, guide)
+    return tabulate(model, guide, batch, particles, kl=kl, keep_scales=keep_scales)
+
+
+def log_joint(pair: Pair, latents: Mapping[str, Tensor], *batch: Tensor) -> Tensor:
+    """Log p(x, z) at given latents, in nats: the guide has no part in it, and nothing is drawn.
+
+    Args:
+        pair: the pair.
+        latents: every latent site of the model -> (K, B, *event), with inner plates between B and event, as
+            `ppl_vae.predictive.predict` gives them and as `by_datum` makes of values in a trace.
+        *batch: tensors as the model takes them, first dimension B.
+
+    Returns:
+        (K, B), differentiable in the latents and in the model's parameters.
+
+    Raises:
+        ValueError: a latent is missing, unknown or of another shape than its site's; a site outside the data
+            plate, or scaled by hand.
+    """
+    particles = next((len(z) for z in latents.values() if z.dim()), 1)
+    check_table(pair, batch, particles)
+    model = run_model(pair, batch, particles, latents, lead=(particles,))
+    sites = statements(model)
+    expected = {name for name, s in sites.items() if not s["is_observed"]}
+    if expected != set(latents):
+        raise ValueError(f"latents: expected values of {sorted(expected)}, got {sorted(latents)}")
+    return _total(sites.values(), _zeros(batch, particles))
+
+
+def tabulate(
+    model: Trace, guide: Trace, batch: Batch, particles: int, *, kl: KL = "sampled", keep_scales: bool = False
+) -> LogTerms:
+    """The table of a run of the guide and of a run of the model on its values; arguments as in `log_terms`."""
+    p, q = statements(model), statements(guide)
+    zeros = _zeros(batch, particles)
+    latents = [s for s in p.values() if not s["is_observed"]]
+    closed = None
+    if kl != "sampled":
+        terms = [_kl(s["name"], p, q, kl, keep_scales) for s in latents]
+        auxiliary = [s for s in q.values() if s["name"] not in p]
+        closed = _sum([*terms, *([_total(auxiliary, zeros, keep_scales)] if auxiliary else [])], zeros)
+    return LogTerms(
+        likelihood=_total((s for s in p.values() if s["is_observed"]), zeros, keep_scales),
+        prior=_total(latents, zeros, keep_scales),
+        posterior=_total(q.values(), zeros, keep_scales),
+        samples={name: s["value"] for name, s in q.items()},
+        kl=closed,
+        score_only=tuple(name for name, s in q.items() if not s["fn"].has_rsample),
+    )
+
+
+def _zeros(batch: Batch, particles: int) -> Tensor:
+    """The log-density of no site at all."""
+    return torch.zeros((particles, len(batch[0])), device=batch[0].device)
+
+
+def _sum(terms: Iterable[Tensor], zeros: Tensor) -> Tensor:
+    first, *rest = [*terms] or [zeros]
+    return sum(rest, first)
+
+
+def _total(sites: Iterable[Site], zeros: Tensor, keep_scales: bool = False) -> Tensor:
+    """Log-densities of sites at their values, (K, B)."""
+    return _sum((_per_datum(s, s["fn"].log_prob(s["value"]), keep_scales) for s in sites), zeros)
+
+
+def run_guide(pair: Pair, batch: Batch, particles: int, given: Trace | None = None) -> Trace:
+    """Run the guide on K particles, drawing, or on the values of an earlier run.
+
+    Particles are a plate of their own, left of all plates of the program.
+    """
+    guide = _particle_plate(pair, batch, particles)(pair.guide)
+    guide = guide if given is None else poutine.replay(guide, trace=given)
+    with _running():
+        return poutine.trace(guide).get_trace(*batch)
+
+
+def run_model(
+    pair: Pair,
+    batch: Batch,
+    particles: int,
+    given: Trace | Mapping[str, Tensor] | None = None,
+    *,
+    lead: tuple[int, ...] = (),
+    free: bool = False,
+) -> Trace:
+    """Run the model on K particles.
+
+    Args:
+        pair: the pair.
+        batch: its batch.
+        particles: K.
+        given: values of latents, from a run of the guide, or by name, (*lead, B, *plates, *event); the others
+            are drawn from the model.
+        lead: (K,), or () for values that all particles share.
+        free: whether observations are drawn too.
+
+    Raises:
+        ValueError: a value given by name has another shape than its site.
+    """
+    model = _particle_plate(pair, batch, particles)(pair.model)
+    model = poutine.uncondition(model) if free else model
+    if isinstance(given, Trace):
+        model = poutine.replay(model, trace=given)
+    elif given is not None:
+        model = _Given(given, lead)(model)
+    with _running():
+        return poutine.trace(model).get_trace(*batch)
+
+
+def run_pair(pair: Pair, batch: Batch, particles: int) -> tuple[dict[str, Site], dict[str, Site]]:
+    """The statements of model and guide on K particles: site name -> site, plates and deterministics left out."""
+    guide = run_guide(pair, batch, particles)
+    return statements(run_model(pair, batch, particles, guide)), statements(guide)
+
+
+def with_values(trace: Trace, change: Callable[[Tensor], Tensor]) -> Trace:
+    """A copy of a trace for replaying, where draws that carry a gradient are changed."""
+    changed = trace.copy()
+    for name, site in trace.nodes.items():
+        value = site.get("value")
+        if site["type"] == "sample" and torch.is_tensor(value) and value.requires_grad:
+            changed.nodes[name] = site | {"value": change(value)}
+    return changed
+
+
+def check_table(pair: Pair, batch: Batch, particles: int) -> None:
+    """Raise ValueError unless a pair has log-densities per particle and datum."""
     if particles < 1:
         raise ValueError(f"particles must be at least 1, got {particles}")
     layout = pair.layout or inspect(pair, batch)
@@ -99,41 +233,6 @@ def log_terms(
             f"site {layout.outside[0]!r} is outside the data plate (dim=-1), so there is no bound per datum; "
             "put it inside, or, if all data share it, train with an ELBO of pyro.infer"
         )
-    model, guide = run_pair(pair, batch, particles)
-    latents = [s for s in model.values() if not s["is_observed"]]
-    auxiliary = [s for s in guide.values() if s["name"] not in model]
-
-    def total(sites: Iterable[Site]) -> Tensor:
-        return summed(_per_datum(s, s["fn"].log_prob(s["value"]), keep_scales) for s in sites)
-
-    def summed(terms: Iterable[Tensor]) -> Tensor:
-        first, *rest = [*terms] or [torch.zeros((particles, len(batch[0])), device=batch[0].device)]
-        return sum(rest, first)
-
-    closed = None
-    if kl != "sampled":
-        closed = summed(_kl(s["name"], model, guide, kl, keep_scales) for s in latents)
-        closed = closed + total(auxiliary) if auxiliary else closed
-    return LogTerms(
-        likelihood=total(s for s in model.values() if s["is_observed"]),
-        prior=total(latents),
-        posterior=total(guide.values()),
-        samples={name: s["value"] for name, s in guide.items()},
-        kl=closed,
-        score_only=tuple(name for name, s in guide.items() if not s["fn"].has_rsample),
-    )
-
-
-def run_pair(pair: Pair, batch: Batch, particles: int) -> tuple[dict[str, Site], dict[str, Site]]:
-    """The statements of model and guide on K particles: site name -> site, plates and deterministics left out.
-
-    Particles are a plate of their own, left of all plates of the program.
-    """
-    lift = _particle_plate(pair, batch, particles)
-    with _noted(), pyro.validation_enabled(False):  # its checks wait for the device at every site
-        guide = poutine.trace(lift(pair.guide)).get_trace(*batch)
-        model = poutine.trace(poutine.replay(lift(pair.model), trace=guide)).get_trace(*batch)
-    return statements(model), statements(guide)
 
 
 def require_guided(layout: Layout) -> None:
@@ -152,10 +251,14 @@ def _particle_plate(pair: Pair, batch: Batch, particles: int) -> Any:
 
 
 @contextmanager
-def _noted() -> Iterator[None]:
-    """Add to an error in a program what it most often means, since it ran without particles before."""
+def _running() -> Iterator[None]:
+    """Without Pyro's checks, which wait for the device at every site.
+
+    Adds to an error in a program what it most often means, since it ran without particles before.
+    """
     try:
-        yield
+        with pyro.validation_enabled(False):
+            yield
     except (RuntimeError, ValueError, IndexError) as error:
         error.add_note(
             "The program ran with particles, which stand left of the data: z is (K, B, d). Nets and expressions "
@@ -212,117 +315,30 @@ def _per_datum(site: Site, log_prob: Tensor, keep_scales: bool) -> Tensor:
     return masked.flatten(1, -2).sum(1) if len(shape) > 2 else masked
 
 
-class _Means(Messenger):  # type: ignore[misc]
-    """Put each latent at its mean, where its distribution has one, instead of drawing it."""
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
-            return
-        msg["value"] = msg["fn"]()  # stays where there is no mean
-        msg["value"] = mean_of(msg)
-        msg["done"] = True
-
-
 class _Given(Messenger):  # type: ignore[misc]
-    """Put latents at given values (B, *plates, *event), the same for all particles: the way back of `by_datum`."""
+    """Put latents at given values (*lead, B, *plates, *event), where lead is (K,) or (): `by_datum` reversed."""
 
-    def __init__(self, latents: Mapping[str, Tensor]) -> None:
+    def __init__(self, latents: Mapping[str, Tensor], lead: tuple[int, ...]) -> None:
         super().__init__()
-        self.latents = latents
+        self.latents, self.lead = latents, lead
 
     def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] not in self.latents or msg["infer"].get("was_observed"):
+        if msg["name"] not in self.latents or msg["is_observed"] or msg["infer"].get("was_observed"):
             return
         value, fn = self.latents[msg["name"]], msg["fn"]
         if plate_shape(msg) is not None:
             _, *inner, rows = fn.batch_shape
             present = {f.dim for f in msg["cond_indep_stack"] if f.vectorized}
             sizes = (n for dim, n in enumerate(inner, -1 - len(inner)) if dim in present)
-            expected = (rows, *sizes, *fn.event_shape)
+            expected = (*self.lead, rows, *sizes, *fn.event_shape)
             if tuple(value.shape) != expected:
                 raise ValueError(f"latents {msg['name']!r}: expected shape {expected}, got {tuple(value.shape)}")
-            value = value.reshape(rows, *inner, *fn.event_shape).movedim(0, len(inner)).expand(fn.shape())
+            at = len(self.lead)
+            value = value.reshape(*self.lead, rows, *inner, *fn.event_shape).movedim(at, at + len(inner))
+            value = value.expand(fn.shape())
         msg["value"], msg["done"] = value, True
-
-
-class _Redrawn(Messenger):  # type: ignore[misc]
-    """Put observations at values that their distributions can have: what was observed gave the shape alone."""
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["is_observed"] and not site_is_subsample(msg) and msg["value"].shape == msg["fn"].shape():
-            msg["value"] = msg["fn"].sample()
-
-
-def inspect_shapes(pair: Pair, batch: Batch) -> None:
-    """Check a batch as `inspect` does, but for what is observed, which stands for its shape only.
-
-    Raises:
-        ValueError: the programs cannot take the batch.
-    """
-    known = pair.layout
-    try:
-        with _Redrawn():
-            inspect(pair, batch)
-    except TypeError as error:  # from the program's own check
-        raise ValueError(f"batch: {len(batch)} tensors do not suit the program ({error})") from error
-    pair.layout = known or pair.layout
 
 
 def by_datum(site: Site, value: Tensor) -> Tensor:
     """A value (K, *plates, B, *event) of particles as (K, B, *plates, *event)."""
     return value if plate_shape(site) is None else data_first(site, value).transpose(0, 1)
-
-
-@torch.no_grad()
-def guide_means(pair: Pair, *batch: Tensor, particles: int = 1) -> dict[str, Tensor]:
-    """E_q[z | x] of every latent site: its distribution's mean, averaged over K draws of earlier latents.
-
-    Exact for a one-level guide; a Rao-Blackwell average otherwise. Sites without a mean average their draws.
-
-    Returns:
-        Site name -> (B, *event), with inner plates between the two.
-    """
-    guide = run_pair(pair, batch, particles)[1]
-    means = {name: mean_of(site) for name, site in guide.items()}
-    floats = {name: m if m.is_floating_point() else m.float() for name, m in means.items()}
-    return {name: data_first(guide[name], m.mean(0)) for name, m in floats.items()}
-
-
-@torch.no_grad()
-def predict(
-    pair: Pair,
-    *batch: Tensor,
-    latents: Literal["prior", "guide", "means"] | Mapping[str, Tensor] = "guide",
-    particles: int = 1,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Run the model with its observations left free.
-
-    Args:
-        pair: the pair.
-        *batch: a batch; what the model observes of it serves as a shape only, and as input of the guide.
-        latents: drawn from the "prior", from the "guide", the "means" of the guide, or given by name, each
-            (B, *plates, *event).
-        particles: K.
-
-    Returns:
-        Latents, draws of the observed sites, and means of the observed sites: name -> (K, B, *event), with
-        inner plates between B and event.
-
-    Raises:
-        ValueError: a given latent has another shape than its site.
-    """
-    lift = _particle_plate(pair, batch, particles)
-    free = poutine.uncondition(lift(pair.model))
-    with _noted(), pyro.validation_enabled(False):
-        if isinstance(latents, Mapping):
-            free = _Given(latents)(free)
-        elif latents != "prior":
-            guide = poutine.trace(_Means()(lift(pair.guide)) if latents == "means" else lift(pair.guide))
-            free = poutine.replay(free, trace=guide.get_trace(*batch))
-        sites = statements(poutine.trace(free).get_trace(*batch))
-    observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
-    return (
-        {n: by_datum(s, s["value"]) for n, s in sites.items() if n not in observed},
-        {n: by_datum(s, s["value"]) for n, s in observed.items()},
-        {n: by_datum(s, mean_of(s)) for n, s in observed.items()},
-    )

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ppl_vae as pv
+import ppl_vae.batches
 from ppl_vae.batches import Data, Stream, as_data, prepare
 from ppl_vae.pairs import as_pair
 
@@ -281,80 +282,36 @@ def test_all_rows_in_memory_are_checked_and_not_the_first_batch_alone():
         fit(vae("bernoulli"), x[:40], x, batch_size=4)
 
 
-def broken(values):
-    """Batches (x, c) of binary pixels and labels, the third of which holds a row that does not suit."""
-    x = pixels(50, "bernoulli")
-    c = conditions(x)
-    x[36, 2], c[36] = values
-    return list(zip(x.split(16), c.split(16), strict=True))
-
-
-STREAMS = {
-    "list": lambda b: b,
-    "DataLoader": lambda b: DataLoader(b, batch_size=None),
-    "Stream": Stream,
-    "Dataset": lambda b: TensorDataset(*(torch.cat(column) for column in zip(*b, strict=True))),
-}
-
-
-@pytest.mark.parametrize("form", STREAMS)
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("x", "transform", "message"),
     [
-        ((0.25, 0), "site 'x': Bernoulli takes .*, got 0.25 in row 4; binarise the data"),
-        ((torch.nan, 0), "tensor 0: row 4 holds NaN or infinity"),
-        ((torch.inf, 0), "tensor 0: row 4 holds NaN or infinity"),
-        ((1.0, 7), "unknown label 7 in row 4"),
+        (X, pv.redraw, r"data column 0: redraw takes .*, got -?\d\S* in row \d+; rescale the data"),
+        (torch.tensor([[0.5] * 12, [1.5] * 12]), pv.redraw, "got 1.5 in row 1"),
+        (torch.tensor([[0.5] * 12, [-0.5] * 12]), pv.redraw, "got -0.5 in row 1"),
     ],
 )
-def test_every_batch_of_a_stream_is_checked_and_not_the_first_alone(form, values, message):
-    program, stream = cvae(kind="bernoulli"), STREAMS[form](broken(values))
-    source = prepare(as_pair(program), stream, batch_size=16)
-    batches = source.to("cpu").batches(16)
-    assert [len(next(batches)[0]) for _ in range(2)] == [16, 16]
-    with pytest.raises(ValueError, match=f"^data batch 2: {message}"):
-        next(batches)
-    with pytest.raises(ValueError, match=message.replace("row 4", r"row \d+")):
-        fit(program, stream, epochs=1, batch_size=16)
-    with pytest.raises(ValueError, match=f"^data batch 2: {message}"):
-        pv.elbo(program, stream, batch_size=16)
-
-
-def test_in_a_shuffled_epoch_the_batch_is_named_as_one():
-    x = pixels(50, "bernoulli")
-    x[36] = 0.25
-    source = prepare(as_pair(vae("bernoulli")), TensorDataset(x), 16)
-    with pytest.raises(ValueError, match=r"^shuffled data batch \d: site 'x'"):
-        list(source.epoch(16, 0, 0))
-
-
-@pytest.mark.parametrize(
-    ("later", "message"),
-    [
-        (
-            (X[:0], Y[:0]),
-            r"data batch 1: batch: tensors must share a first dimension of at least 1, got \(0, 12\)",
-        ),
-        ((torch.tensor(1.0), Y), "data batch 1: batch: tensors must share a first dimension"),
-        ((X, Y[:3]), "data batch 1: batch: tensors must share a first dimension"),
-        ((X,), "data batch 1: data: the model takes 2 tensors, got 1"),
-    ],
-)
-def test_later_batches_have_the_columns_of_the_first(later, message):
+def test_levels_that_a_transform_does_not_take_are_refused(x, transform, message):
     with pytest.raises(ValueError, match=message):
-        fit(cvae(), [(X, conditions(X)), later], epochs=1)
+        fit(vae("bernoulli"), Data(x, transform=transform))
+    prepare(as_pair(vae("bernoulli")), Data(x, transform=pv.threshold()))  # which takes any
+    prepare(as_pair(vae("bernoulli")), Data((x > 0).byte() * 255, transform=transform))
 
 
-def test_batches_are_checked_as_the_model_sees_them_and_before_they_move():
-    """Bytes as fractions, in the pair's precision; on the host, whatever the device."""
-    raw = (pixels(48, "bernoulli") * 255).byte()
-    raw[40, 3] = 51
-    source = prepare(as_pair(vae("bernoulli")), list(raw.split(16)), 16).to("meta")
-    with pytest.raises(ValueError, match=r"data batch 2: site 'x': Bernoulli .* got 0.2 in row 8"):
-        list(source.batches())
-    with pytest.raises(ValueError, match="data batch 1: tensor 0: row 0 holds NaN or infinity"):
-        fit(vae(), [X, X.double() + 1e300], epochs=1)  # infinite as float32
-    assert len(list(Stream([X, X * torch.nan]).batches())) == 2  # nobody prepared it for a pair
+def test_supports_are_checked_in_parts_of_bounded_size(monkeypatch):
+    x = pixels(50, "bernoulli")
+    seen = []
+    check = ppl_vae.batches.check_supports
+    monkeypatch.setattr(ppl_vae.batches, "_CHUNK", 10 * WIDTH)
+    monkeypatch.setattr(
+        ppl_vae.batches, "check_supports", lambda layout, c: (seen.append(len(c[0])), check(layout, c))
+    )
+    prepare(as_pair(vae("bernoulli")), x)
+    assert seen == [10] * 5
+    for row, message in ((49, "^data from row 40 on: site 'x': .* in row 9;"), (3, "^site 'x': .* in row 3;")):
+        broken = x.clone()
+        broken[row, 2] = 0.25
+        with pytest.raises(ValueError, match=message):
+            prepare(as_pair(vae("bernoulli")), broken, batch_size=8)
 
 
 def test_equal_batches_in_a_list_stay_batches():

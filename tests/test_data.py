@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import struct
 from collections import Counter
@@ -82,35 +81,6 @@ def test_types_names_and_subset():
     assert sizes(few) == (250, 200, 250)
     assert all(map(torch.equal, few.test.columns, images.test[:250].columns))
     refused("n must be at least 1", data.subset, images, 0)
-
-
-def test_redraw_is_binary_with_the_grey_level_as_its_mean():
-    torch.manual_seed(0)
-    grey, n = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]), 40_000
-    drawn = data.redraw(grey.expand(n, 5))
-    assert set(drawn.unique().tolist()) == {0.0, 1.0}
-    assert drawn.dtype == torch.float32
-    error = (drawn.double().mean(0) - grey).abs()
-    assert (error <= 5 * (grey * (1 - grey) / n).sqrt() + 1e-8).all()  # levels 0 and 1 are exact
-    assert torch.cov(drawn[:, 1:4].T).fill_diagonal_(0).abs().max() < 5 * 0.25 / n**0.5  # independent pixels
-
-
-def test_redraw_repeats_under_a_seed_and_differs_at_the_next_presentation():
-    x = torch.full((20, 30), 0.5)
-    torch.manual_seed(3)
-    first, second = data.redraw(x), copy.deepcopy(data.redraw)(x)
-    torch.manual_seed(3)
-    assert torch.equal(data.redraw(x), first)
-    assert not torch.equal(first, second)
-
-
-def test_threshold_splits_at_its_level():
-    x = torch.tensor([[0.0, 0.3, 0.5, 0.51, 1.0]])
-    assert torch.equal(data.threshold()(x), torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]]))
-    assert torch.equal(copy.deepcopy(data.threshold(0.3))(x), torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0]]))
-    assert [repr(f) for f in (data.threshold(0.3), data.redraw)] == ["threshold(0.3)", "redraw"]
-    for level in (1.0, -0.1, float("nan")):  # every picture would become blank
-        refused(r"level must be in \[0, 1\)", data.threshold, level)
 
 
 @pytest.fixture

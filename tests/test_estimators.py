@@ -8,7 +8,7 @@ from exact import LinearGaussian
 from programs import case
 
 from ppl_vae.bounds import elbo, iwae
-from ppl_vae.estimators import pathwise, require_reparameterised
+from ppl_vae.estimators import doubly, pathwise, require_reparameterised
 from ppl_vae.pairs import as_pair
 from ppl_vae.traces import log_terms
 
@@ -19,15 +19,15 @@ def gradient(value, program):
     return torch.cat([g.flatten() for g in parts])
 
 
-@pytest.mark.parametrize("kl", ["sampled", "analytic"])
+@pytest.mark.parametrize(("estimator", "kl"), [(pathwise, "sampled"), (pathwise, "analytic"), (doubly, "sampled")])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_gradient_of_the_elbo_is_unbiased(seed, kl):
+def test_the_gradient_of_the_elbo_is_unbiased(seed, estimator, kl):
     """In the mean over draws it is that of the closed form, through model and guide alike."""
     program = LinearGaussian.random(seed, widen=1.2)
     x = program.draw(1, seed=seed)
     exact = gradient(program.elbo(x).sum(), program)
     torch.manual_seed(seed)
-    values = pathwise(elbo, as_pair(program), x.expand(400, -1), particles=20, kl=kl)
+    values = estimator(elbo, as_pair(program), x.expand(400, -1), particles=20, kl=kl)
     draws = torch.stack([gradient(value, program) for value in values])
     error = draws.std(0) / math.sqrt(len(draws))
     assert bool(((draws.mean(0) - exact).abs() <= 4.5 * error + 1e-12).all())
@@ -66,12 +66,13 @@ def test_the_gradient_of_the_importance_weighted_bound_is_its_own():
     torch.testing.assert_close(ours, torch.stack(numeric), rtol=1e-6, atol=1e-6)
 
 
-def test_beta_is_inside_the_weight():
+@pytest.mark.parametrize("estimator", [pathwise, doubly])
+def test_beta_is_inside_the_weight(estimator):
     """The bound is taken of log p(x | z) - beta * rate, not of the weights' bound afterwards."""
     program = LinearGaussian.random(0)
     x, pair = program.draw(3, seed=0), as_pair(program)
     torch.manual_seed(0)
-    ours = pathwise(iwae, pair, x, particles=6, beta=0.3)
+    ours = estimator(iwae, pair, x, particles=6, beta=0.3)
     torch.manual_seed(0)
     terms = log_terms(pair, x, particles=6)
     torch.testing.assert_close(ours, iwae(terms.likelihood - 0.3 * (terms.posterior - terms.prior)))

@@ -12,10 +12,10 @@ import ppl_vae
 
 PACKAGE = Path(ppl_vae.__file__).parent
 LAYERS = [
-    "rng files nets conditionals priors likelihoods posteriors",
+    "rng files products graphs transforms nets conditionals priors likelihoods posteriors",
     "models",
-    "pairs sites layout traces bounds estimators objectives",
-    "batches hooks loop train estimates evaluate",
+    "pairs sites layout traces predictive bounds estimators objectives",
+    "streams batches capture updates steps hooks loop train estimates streaming evaluate",
     "data plots arviz_export film checkpoint config runs cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

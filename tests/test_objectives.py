@@ -14,6 +14,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import Normal
 
 from ppl_vae.bounds import elbo
+from ppl_vae.estimators import doubly, pathwise
 from ppl_vae.objectives import ELBO, IWAE, BoundObjective, PyroObjective, as_objective
 from ppl_vae.pairs import Pair, as_pair
 from ppl_vae.traces import log_terms
@@ -80,6 +81,37 @@ def test_beta_is_pyros_scale():
     plain.pair.load_state_dict(scaled.pair.state_dict())
     agree(plain.ours(ELBO(beta=0.3)), scaled.reference(Trace_ELBO()))
     agree(plain.ours(ELBO(beta=0.3, kl="analytic")), scaled.reference(TraceMeanField_ELBO()))
+
+
+@pytest.mark.parametrize(("make", "doubled"), [(ELBO, True), (IWAE, True), (IWAE, False)])
+def test_the_estimator_of_the_gradient_is_a_choice(make, doubled):
+    """The same value and model gradient; another gradient of the guide."""
+    c = case("two levels", torch.float64)
+    value, plain = c.ours(make(4))
+    same, ours = c.ours(make(4, estimator=doubly if doubled else pathwise))
+    assert same == pytest.approx(value, rel=1e-12)
+    for name, gradient in plain.items():
+        guide = ".first." in name or ".second." in name
+        assert torch.allclose(ours[name], gradient) == (not (guide and doubled)), name
+
+
+def test_beta_is_known_to_the_estimator():
+    """At beta = 0 there is no density of the guide in the weight, and no score to replace."""
+    c = case("one level", torch.float64)
+    first, second = (c.ours(BoundObjective(IWAE(4).bound, e, particles=4, beta=0.0)) for e in (pathwise, doubly))
+    agree(first, second, 1e-9)
+
+
+@pytest.mark.parametrize("kl", ["analytic", "auto"])
+def test_no_closed_kl_without_scores(kl):
+    c = case("one level")
+    with pytest.raises(ValueError, match=f"kl must be 'sampled'.*got '{kl}'"):
+        ELBO(kl=kl, estimator=doubly)(c.pair, *c.batch)
+
+
+def test_estimators_are_functions():
+    with pytest.raises(ValueError, match=r"estimator: expected a function such as .*, got 'doubly'"):
+        IWAE(5, estimator="doubly")
 
 
 def test_beta_weighs_the_rate():
@@ -301,7 +333,7 @@ def test_one_value_per_datum(objective):
 
 
 def test_objectives_say_what_they_are():
-    assert "iwae, particles=5, kl=sampled" in repr(IWAE(5))
+    assert "iwae, particles=5, kl=sampled, estimator=doubly" in repr(IWAE(5, estimator=doubly))
     assert "Trace_ELBO, particles=1" in repr(PyroObjective(Trace_ELBO()))
     assert "particles=2" in repr(BoundObjective(lambda w: w.mean(0), particles=2))
 

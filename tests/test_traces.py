@@ -1,4 +1,4 @@
-"""From pairs to tables of log-densities: shapes, masks, scales, closed KLs; runs with the observations free."""
+"""From pairs to tables of log-densities: shapes, masks, scales, closed KLs; the log-joint at given latents."""
 
 import math
 
@@ -12,9 +12,11 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae.pairs import Pair, as_pair
-from ppl_vae.traces import guide_means, log_terms, predict
+from ppl_vae.predictive import predict
+from ppl_vae.traces import by_datum, log_joint, log_terms, run_guide, run_model, run_pair, tabulate, with_values
 
 PER_DATUM = [n for n in PROGRAMS if n not in ("shared latent", "auto diagonal", "scaled", "nested, subsampled")]
 
@@ -175,6 +177,144 @@ def test_a_model_without_latents():
         torch.testing.assert_close(weight, Normal(0, 1).log_prob(x).expand(3, 2))
 
 
+def test_a_discrete_draw_is_scored():
+    program = Discrete()
+    terms = log_terms(as_pair(program), torch.zeros(ROWS, WIDTH), particles=3)
+    torch.testing.assert_close(terms.prior, Bernoulli(logits=program.logits).log_prob(terms.samples["z"]).sum(-1))
+    assert terms.score_only == ("z",)
+    assert log_terms(as_pair(PyroProgram()), torch.zeros(ROWS, WIDTH)).score_only == ()
+
+
+def test_gradients_reach_every_parameter():
+    for name in ("one level", "two levels", "nested", "bare params", "pyro module", "auto normal"):
+        c = case(name)
+        used = [p for n, p in c.pair.named_parameters() if not (name == "auto normal" and "encoder" in n)]
+        gradients = torch.autograd.grad(
+            log_terms(c.pair, *c.batch).weight().sum(), used, allow_unused=name == "pyro module"
+        )
+        assert all(isinstance(p, nn.Parameter) for p in used)
+        assert all(g is not None and bool((g != 0).any()) for g in gradients), name
+
+
+# ---------------------------------------------------------------- in parts
+def test_the_parts_make_the_whole():
+    c = case("drawn rows", torch.float64)
+    torch.manual_seed(0)
+    whole = log_terms(c.pair, *c.batch, particles=4, kl="auto")
+    torch.manual_seed(0)
+    guide = run_guide(c.pair, c.batch, 4)
+    terms = tabulate(run_model(c.pair, c.batch, 4, guide), guide, c.batch, 4, kl="auto")
+    for name in ("likelihood", "prior", "posterior", "kl"):
+        assert torch.equal(getattr(terms, name), getattr(whole, name))
+
+
+def test_the_guide_run_again_on_detached_draws_has_only_its_scores():
+    """Draws, rows among them, are those of the first run; the parameters move the density alone."""
+    c = case("two levels", torch.float64)
+    drawn = run_guide(c.pair, c.batch, 3)
+    fixed = with_values(drawn, torch.Tensor.detach)
+    again = run_guide(c.pair, c.batch, 3, fixed)
+    terms = tabulate(run_model(c.pair, c.batch, 3, fixed), again, c.batch, 3)
+    assert all(torch.equal(z, drawn.nodes[n]["value"]) and not z.requires_grad for n, z in terms.samples.items())
+    assert drawn.nodes["z"]["value"].requires_grad, "the first run is as it was"
+    loc, raw = c.pair.program.first(c.batch[0]).chunk(2, -1)
+    by_hand = Normal(loc, raw.exp()).log_prob(terms.samples["h"]).sum()
+    bias = c.pair.program.first.bias
+    first, second = (torch.autograd.grad(v, bias)[0] for v in (by_hand, terms.posterior.sum()))
+    torch.testing.assert_close(first, second)
+    assert torch.autograd.grad(terms.prior.sum() + terms.likelihood.sum(), bias, allow_unused=True) == (None,)
+
+
+# ---------------------------------------------------------------- the log-joint
+def latents_of(c, particles):
+    """Draws of the model's latents as `log_joint` takes them, with what log p(x, z) is there."""
+    model = run_pair(c.pair, c.batch, particles)[0]
+    joint = sum(scaled(s) for s in model.values())
+    return {n: by_datum(s, s["value"]).detach() for n, s in model.items() if not s["is_observed"]}, joint
+
+
+def scaled(site):
+    log_prob = dist.util.scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+    return log_prob.flatten(1, -2).sum(1) if log_prob.dim() > 2 else log_prob
+
+
+@pytest.mark.parametrize("name", [n for n in PER_DATUM if n != "drawn rows"])
+def test_log_joint_is_likelihood_and_prior(name):
+    """At the guide's draws; inner plates stand right of the data."""
+    c = case(name, torch.float64 if name not in ("bernoulli", "category", "baseline") else torch.float32)
+    latents, joint = latents_of(c, 3)
+    state = torch.get_rng_state()
+    ours = log_joint(c.pair, latents, *c.batch)
+    assert torch.equal(torch.get_rng_state(), state), "something was drawn"
+    assert ours.shape == (3, ROWS)
+    torch.testing.assert_close(ours, joint)
+    if name in ("one level", "two levels", "bare params"):
+        torch.manual_seed(0)
+        terms = log_terms(c.pair, *c.batch, particles=2)
+        again = log_joint(c.pair, terms.samples, *c.batch)
+        torch.testing.assert_close(again, terms.likelihood + terms.prior)
+
+
+def test_log_joint_and_its_gradients_in_closed_form():
+    program = LinearGaussian.random(0)
+    x, pair = program.draw(4, seed=0), as_pair(program)
+    z = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+    ours = log_joint(pair, {"z": z}, x)
+    loc, covariance = program.posterior(x)
+    posterior = torch.distributions.MultivariateNormal(loc, covariance.expand(4, -1, -1))
+    exact = program.log_evidence(x) + posterior.log_prob(z)
+    torch.testing.assert_close(ours, exact)
+    inputs = [z, program.weight, program.mean]
+    for mine, theirs in zip(
+        torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(exact.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["two levels", "nested", "handler mask", "bare params"])
+def test_log_joint_is_captured_with_its_gradient(name):
+    c = case(name)
+    latents, _ = latents_of(c, 3)
+
+    def step(latents, *batch):
+        leaves = {n: z.detach().requires_grad_() for n, z in latents.items()}
+        value = log_joint(c.pair, leaves, *batch)
+        return [value, *torch.autograd.grad(value.sum(), list(leaves.values()))]
+
+    graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(latents, *c.batch)
+    other = {n: z + 0.3 for n, z in latents.items()}
+    for eager, captured in zip(step(other, *c.batch), graph(other, *c.batch), strict=True):
+        torch.testing.assert_close(captured, eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z, u: {"z": z}, r"latents: expected values of \['u', 'z'\], got \['z'\]"),
+        (lambda z, u: {"z": z, "u": u, "v": u}, r"latents: expected .*got \['u', 'v', 'z'\]"),
+        (lambda z, u: {"z": z, "u": u, "x": u}, r"latents: expected .*got \['u', 'x', 'z'\]"),
+        (lambda z, u: {}, r"latents: expected .*got \[\]"),
+        (lambda z, u: {"z": z, "u": u[:2]}, r"latents 'u': expected shape \(3, 6, 4\), got \(2, 6, 4\)"),
+        (lambda z, u: {"z": z, "u": u.mT}, r"latents 'u': expected shape \(3, 6, 4\), got \(3, 4, 6\)"),
+        (lambda z, u: {"z": z[..., None], "u": u}, r"latents 'z': expected shape \(3, 6\), got \(3, 6, 1\)"),
+        (lambda z, u: {"z": z[0, 0], "u": u[0]}, r"latents 'z': expected shape \(6, 6\), got \(\)"),
+        (lambda z, u: {"z": z[:0], "u": u[:0]}, "particles must be at least 1, got 0"),
+    ],
+)
+def test_log_joint_refuses_other_latents(change, message):
+    c = case("nested")
+    latents, _ = latents_of(c, 3)
+    with pytest.raises(ValueError, match=message):
+        log_joint(c.pair, change(**latents), *c.batch)
+
+
+@pytest.mark.parametrize("name", ["scaled", "shared latent"])
+def test_log_joint_refuses_what_has_no_table(name):
+    c = case(name)
+    with pytest.raises(ValueError, match=r"site '.' is (scaled|outside the data plate)"):
+        log_joint(c.pair, {"z" if name == "scaled" else "w": torch.zeros(2, ROWS, LATENT)}, *c.batch)
+
+
 # ---------------------------------------------------------------- the caller's world
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_settings_and_store_are_left_as_they_were(name):
@@ -263,107 +403,3 @@ def test_auto_diagonal_normal_has_no_bound_per_datum():
     model = case("one level").pair.callables[0]
     with pytest.raises(ValueError, match="site '_AutoDiagonalNormal_latent' is outside the data plate"):
         log_terms(Pair(model, AutoDiagonalNormal(model)), torch.zeros(ROWS, WIDTH))
-
-
-# ---------------------------------------------------------------- means and predictions
-def test_guide_means_of_one_level_are_the_guides():
-    program = LinearGaussian.random(3)
-    x = program.draw(4, seed=0)
-    torch.testing.assert_close(guide_means(as_pair(program), x)["z"], program.posterior(x)[0].detach())
-
-
-def test_guide_means_of_a_second_level_average_the_first():
-    c = case("two levels", torch.float64)
-    for layer in (c.pair.program.first, c.pair.program.second):
-        layer.weight.data.mul_(0.3)
-    torch.manual_seed(0)
-    means = guide_means(c.pair, *c.batch, particles=4000)
-    loc, raw = c.pair.program.first(c.batch[0]).detach().chunk(2, -1)
-    torch.testing.assert_close(means["h"], loc)
-    linear = c.pair.program.second(torch.cat([c.batch[0], loc], -1)).detach()[:, :LATENT]  # linear in h
-    slope = c.pair.program.second.weight[:LATENT, WIDTH:].detach()
-    error = ((raw.exp() ** 2) @ (slope.T**2)).sqrt() / math.sqrt(4000)
-    assert bool(((means["z"] - linear).abs() <= 4.5 * error).all())
-
-
-def test_guide_means_put_data_first():
-    """Whatever plates a latent is in."""
-    c = case("nested")
-    means = guide_means(c.pair, *c.batch, particles=3)
-    assert {name: m.shape for name, m in means.items()} == {"z": (ROWS,), "u": (ROWS, WIDTH)}
-    slope = c.pair.program.entry[0].detach()
-    torch.testing.assert_close(means["u"], slope * c.batch[0])
-
-
-def test_means_of_discrete_latents():
-    """A Bernoulli's mean is its probability; a category has none, and keeps the type to index with."""
-    c = case("bernoulli")
-    torch.testing.assert_close(
-        guide_means(c.pair, *c.batch)["z"], c.pair.program.encoder(c.batch[0]).sigmoid().detach()
-    )
-    c = case("category")
-    drawn, _, means = predict(c.pair, *c.batch, latents="means")
-    assert not drawn["z"].is_floating_point()
-    torch.testing.assert_close(means["x"], c.pair.program.table[drawn["z"]].detach())
-    assert guide_means(c.pair, *c.batch, particles=50)["z"].shape == (ROWS,)
-
-
-def test_predict_from_each_source():
-    c = case("one level", torch.float64)
-    (x,), program = c.batch, c.pair.program
-    q = program.encoder(x).chunk(2, -1)[0].detach()
-    drawn, values, means = predict(c.pair, x, latents="means")
-    torch.testing.assert_close(drawn["z"][0], q)
-    torch.testing.assert_close(means["x"][0], program.decoder(q).chunk(2, -1)[0].detach())
-    assert not torch.equal(values["x"], means["x"])
-    given = torch.ones(ROWS, LATENT, dtype=torch.float64)
-    drawn, _, means = predict(c.pair, x, latents={"z": given}, particles=2)
-    torch.testing.assert_close(means["x"], program.decoder(given).chunk(2, -1)[0].expand(2, -1, -1).detach())
-    for source, loc, scale in (("prior", 0.0, 1.0), ("guide", q, program.encoder(x).chunk(2, -1)[1].exp())):
-        torch.manual_seed(0)
-        z = predict(c.pair, x, latents=source, particles=4000)[0]["z"]
-        standard = ((z - loc) / scale).detach()
-        assert float(standard.mean(0).abs().max()) < 4.5 / math.sqrt(4000)
-        assert float((standard.std(0) - 1).abs().max()) < 4.5 / math.sqrt(2 * 4000)
-
-
-def test_predictions_carry_no_gradient_and_do_not_copy_the_observation():
-    c = case("one level")
-    _, values, means = predict(c.pair, *c.batch, latents="prior")
-    assert not values["x"].requires_grad
-    assert not means["x"].requires_grad
-    assert not torch.equal(values["x"][0], c.batch[0])
-
-
-def test_a_discrete_draw_is_scored():
-    program = Discrete()
-    terms = log_terms(as_pair(program), torch.zeros(ROWS, WIDTH), particles=3)
-    torch.testing.assert_close(terms.prior, Bernoulli(logits=program.logits).log_prob(terms.samples["z"]).sum(-1))
-    assert terms.score_only == ("z",)
-    assert log_terms(as_pair(PyroProgram()), torch.zeros(ROWS, WIDTH)).score_only == ()
-
-
-def test_gradients_reach_every_parameter():
-    for name in ("one level", "two levels", "nested", "bare params", "pyro module", "auto normal"):
-        c = case(name)
-        used = [p for n, p in c.pair.named_parameters() if not (name == "auto normal" and "encoder" in n)]
-        gradients = torch.autograd.grad(
-            log_terms(c.pair, *c.batch).weight().sum(), used, allow_unused=name == "pyro module"
-        )
-        assert all(isinstance(p, nn.Parameter) for p in used)
-        assert all(g is not None and bool((g != 0).any()) for g in gradients), name
-
-
-def test_predictions_and_given_latents_have_data_first():
-    """(K, B, *plates, *event) comes out, (B, *plates, *event) goes in."""
-    c = case("nested")
-    drawn, values, means = predict(c.pair, *c.batch, particles=3)
-    assert {n: v.shape for n, v in drawn.items()} == {"z": (3, ROWS), "u": (3, ROWS, WIDTH)}
-    assert values["x"].shape == means["x"].shape == (3, ROWS, WIDTH)
-    given = {n: v[0] for n, v in drawn.items()}
-    again, _, mean = predict(c.pair, *c.batch, latents=given, particles=2)
-    for name, value in given.items():
-        assert torch.equal(again[name], value.expand(2, *value.shape))
-    torch.testing.assert_close(mean["x"], means["x"][0].expand(2, -1, -1))
-    with pytest.raises(ValueError, match=r"latents 'z': expected shape \(6,\), got \(6, 1\)"):
-        predict(c.pair, *c.batch, latents={"z": given["z"][:, None]})

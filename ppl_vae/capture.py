@@ -1,0 +1,188 @@
+"""The engine: runs what training and evaluation compute, captured as graphs where that can be and pays.
+
+A `Captured` is a function of tensors that uses a pair's parameters. It is captured once for each shape of its
+arguments, with every parameter and buffer as an argument of the graph, so that a graph never goes stale. The
+engine knows no model: what it captures is whatever tensor operations a pair and an objective perform.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ppl_vae.graphs import CaptureError, Graph, capture
+
+__all__ = ["Captured", "Compile", "Engine", "shapes"]
+
+Compile = Literal["auto", "require", "off"]
+Call = Callable[..., Sequence[Tensor]]
+
+WORTH = 1000  # runs of one shape from which compiling is earned back, some seconds at some milliseconds each
+MOST = 8  # graphs of one function: beyond them its shapes are taken to change for ever
+
+
+class Engine:
+    """How to run, captured or not; and what became of it.
+
+    Args:
+        compile: "auto" captures and compiles what will run often enough, and where that cannot be warns once
+            and goes on without; "require" compiles everything, and raises where that cannot be; "off" runs
+            everything as it is written.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+
+    def __init__(self, compile: Compile = "auto") -> None:
+        if compile not in ("auto", "require", "off"):
+            raise ValueError(f"compile must be 'auto', 'require' or 'off', got {compile!r}")
+        self.compile = compile
+        self.notes: list[str] = []
+        self.warned = False
+
+    def wants(self, uses: float) -> bool:
+        """Whether to capture what will run so often."""
+        return self.compile == "require" or (self.compile == "auto" and uses >= WORTH)
+
+    def capture(self, function: Call, tensors: Sequence[Tensor], obstacle: str | None = None) -> Graph | None:
+        """Capture and compile; failing that, under "auto", capture only; failing that, None.
+
+        Raises:
+            ValueError: it cannot be, under "require".
+        """
+        start = time.perf_counter()
+        graph: Graph | None
+        try:
+            if obstacle:
+                raise CaptureError(obstacle)
+            graph, how = capture(function, tensors), "compiled"
+        except CaptureError as error:
+            graph, how = self.without(function, tensors, error, obstacle)
+        if graph is not None:
+            self.note(f"{how} in {time.perf_counter() - start:.1f} s, {graph.products}")
+        return graph
+
+    def without(
+        self, function: Call, tensors: Sequence[Tensor], error: CaptureError, obstacle: str | None
+    ) -> tuple[Graph | None, str]:
+        """What is left when compiling has failed: the graph interpreted, or nothing."""
+        if self.compile == "require":
+            raise ValueError(f"compile='require': {error}") from error
+        try:
+            if obstacle:
+                raise error
+            graph = capture(function, tensors, compile=False)
+        except CaptureError as cause:
+            self.warn(f"{cause}; it runs uncaptured, at a half to a quarter of the speed")
+            self.note(f"eager: {cause}")
+            return None, ""
+        self.warn(f"{error}; it runs captured but not compiled, at about two thirds of the speed")
+        return graph, "captured, not compiled"
+
+    def warn(self, what: str) -> None:
+        """Warn, once for all that this engine runs."""
+        if not self.warned:
+            warnings.warn(f"compile='auto': {what}; compile='off' silences this", stacklevel=6)
+        self.warned = True
+
+    def note(self, what: str) -> None:
+        """Remember what became of a function, for `describe`."""
+        if what not in self.notes:
+            self.notes.append(what)
+
+    def describe(self) -> str:
+        """How the first of the functions runs."""
+        return self.notes[0] if self.notes else "eager"
+
+
+class _Together(nn.Module):
+    """Several modules under one name space, and a function that uses them."""
+
+    def __init__(self, modules: Sequence[nn.Module], function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self.__dict__["function"] = function
+
+    def forward(self, *arguments: Tensor) -> Any:
+        return self.__dict__["function"](*arguments)
+
+    def state(self) -> dict[str, Tensor]:
+        """All parameters and buffers, each once."""
+        return dict(self.named_parameters()) | dict(self.named_buffers())
+
+
+class Captured:
+    """A function of tensors that uses modules: run as it is, or as a graph for each shape of its arguments.
+
+    Args:
+        engine: how to run.
+        modules: whose parameters and buffers it uses; while it is in use, these stay where they are.
+        function: of tensors, returning a sequence of tensors.
+        uses: arguments -> how often such shapes are expected.
+        obstacle: why it cannot be captured, where that is known beforehand.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        modules: Sequence[nn.Module],
+        function: Call,
+        uses: Callable[..., float] = lambda *_: math.inf,
+        obstacle: str | None = None,
+    ) -> None:
+        self.engine, self.modules, self.function, self.uses = engine, modules, function, uses
+        self.obstacle = obstacle
+        self.holder = _Together(modules, function)
+        self.graphs: dict[tuple[Any, ...], tuple[Graph, list[Tensor]] | None] = {}
+
+    def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
+        """Run the function."""
+        found = self.graph(arguments)
+        if found is None:
+            return self.plain(*arguments)
+        graph, state = found
+        return graph(*state, *arguments)
+
+    def plain(self, *arguments: Tensor) -> Sequence[Tensor]:
+        """Run the function as it is."""
+        return self.function(*arguments)
+
+    def graph(self, arguments: Sequence[Tensor]) -> tuple[Graph, list[Tensor]] | None:
+        """The graph for such arguments and the tensors of the modules; None where the function runs as it is."""
+        key = shapes(arguments) + tuple(module.training for module in self.modules)
+        if key in self.graphs:
+            return self.graphs[key]
+        if not self.engine.wants(self.uses(*arguments)):
+            return None
+        if len(self.graphs) == MOST:
+            self.engine.warn(f"the shapes of batches keep changing; after {MOST} of them, others run uncaptured")
+            return None
+        self.graphs[key] = self.made(arguments)
+        return self.graphs[key]
+
+    def made(self, arguments: Sequence[Tensor]) -> tuple[Graph, list[Tensor]] | None:
+        """Capture the function for such arguments."""
+        own = self.holder.state()
+        state = [t.detach() for t in own.values()]
+
+        def pure(*tensors: Tensor) -> Sequence[Tensor]:
+            return self.outputs(dict(zip(own, tensors, strict=False)), tensors[len(own) :])
+
+        graph = self.engine.capture(pure, [*state, *arguments], self.obstacle)
+        return None if graph is None else (graph, state)
+
+    def outputs(self, state: dict[str, Tensor], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The function's results with other tensors in place of the modules' own."""
+        results: Sequence[Tensor] = functional_call(self.holder, state, tuple(arguments))
+        return results
+
+
+def shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a graph is made for."""
+    return tuple((t.shape, t.dtype) for t in tensors)

@@ -1,0 +1,194 @@
+"""A function of tensors, captured once as a flat graph of tensor operations and replayed without its Python.
+
+Pyro's handlers, distributions and modules run while a graph is captured, and never again. A graph is compiled by
+inductor where a compiler is at hand, interpreted elsewhere; on CUDA it can be replayed as one launch.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ppl_vae.products import choose_products
+
+__all__ = ["CaptureError", "CudaGraph", "Graph", "capture"]
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+class CaptureError(RuntimeError):
+    """A function cannot be captured, or its graph not be compiled; the message tells the cause in one line."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured function: takes tensors of the shapes, types and devices it was captured with.
+
+    Attributes:
+        run: the graph, as a function of the arguments and then the constants.
+        constants: tensors that the function used without being given them, where they live: a value written
+            into one of them is seen by the next run.
+        compiled: whether it was compiled; else it is interpreted.
+        products: which library computes its matrix products.
+    """
+
+    run: Function
+    constants: tuple[Tensor, ...]
+    compiled: bool
+    products: str
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Run the graph; what the function wrote in place is written in place."""
+        with torch.no_grad():
+            return self.run(*tensors, *self.constants)
+
+
+def capture(function: Function, tensors: Sequence[Tensor], *, compile: bool = True) -> Graph:
+    """Capture a function of tensors.
+
+    It is traced once on stand-ins without data, so no number is drawn and nothing is written. Random numbers are
+    drawn anew at every run, from torch's default generators and in the same order as by the function itself.
+    What is no tensor (a float attribute, a Python branch, the number of particles) becomes part of the graph.
+
+    Args:
+        function: of tensors, returning a sequence of tensors; it may compute gradients inside.
+        tensors: arguments of the shapes to come.
+        compile: whether to compile; the compiled form of an equal graph is found again within the process, and
+            on disk.
+
+    Raises:
+        CaptureError: the function reads numbers back from tensors, or there is no working compiler.
+        ValueError: raised by the function itself.
+    """
+    module = _traced(function, tensors)
+    constants = _lifted(module)
+    if not compile:
+        return Graph(cast(Function, module), constants, False, "PyTorch's default matrix products")
+    arguments = [*tensors, *constants]
+    key = (module.code, tuple(_kind(t) for t in arguments), torch.get_num_threads())
+    if key not in _compiled:
+        _compiled[key] = _compile(module, arguments)
+        while len(_compiled) > 64:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(key)
+    run, products = _compiled[key]
+    return Graph(run, constants, True, products)
+
+
+# A program is traced anew whenever it is captured, since its Python may have changed; what is compiled already,
+# for the same graph, is found here. Every tensor of a graph is an argument, so its text says all there is.
+_compiled: OrderedDict[tuple[Any, ...], tuple[Function, str]] = OrderedDict()
+
+
+def _traced(function: Function, tensors: Sequence[Tensor]) -> GraphModule:
+    try:
+        module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise CaptureError(_cause(error)) from error
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def _cause(error: Exception) -> str:
+    """One line on why a function could not be traced."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reads = ("_local_scalar_dense", "data-dependent", "DataDependent", "nonzero", "Could not guard")
+    if any(word in f"{type(error).__name__} {text}" for word in reads):
+        return f"it reads a number back from a tensor, or its shapes depend on values ({text})"
+    return f"{type(error).__name__}: {text}"
+
+
+def _lifted(module: GraphModule) -> tuple[Tensor, ...]:
+    """Turn the constants of a graph into further arguments, in order: compiled in, they would never change."""
+    graph = module.graph
+    constants: list[Tensor] = []
+    arguments = [n for n in graph.nodes if n.op == "placeholder"]
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        value = getattr(module, str(node.target))
+        if not isinstance(value, Tensor):
+            continue
+        with graph.inserting_after(arguments[-1]) if arguments else graph.inserting_before(None):
+            new = graph.placeholder(f"constant_{len(constants)}")
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        arguments.append(new)
+        constants.append(value.detach())
+    module.recompile()
+    return tuple(constants)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _compile(module: GraphModule, arguments: list[Tensor]) -> tuple[Function, str]:
+    """The compiled form of a graph, run once on stand-ins' sizes only, and which library multiplies in it."""
+    with _quiet():
+        import torch._inductor
+        from torch._inductor import config
+
+    if all(t.device.type == "cpu" for t in arguments):
+        products = choose_products(module)
+    else:
+        products = "PyTorch's default matrix products"
+    try:
+        # fallback_random: the same draws as without compilation
+        with _quiet(), config.patch(fallback_random=True), torch.no_grad():
+            run = torch._inductor.standalone_compile(module, [*arguments], dynamic_shapes="from_example_inputs")
+    except Exception as error:
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise CaptureError(f"the graph cannot be compiled ({type(error).__name__}: {text[:200]})") from error
+    return cast(Function, run), products
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to themselves what the compiler's own modules warn and log of: deprecations, tools not found."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class CudaGraph:
+    """A function of CUDA tensors, replayed as one launch.
+
+    Make it once the function has run a few times: what is set up at first use cannot be recorded. Making it
+    records and runs nothing.
+
+    Args:
+        function: of tensors of fixed shapes, returning one tensor. It may write in place to others, which must
+            stay where they are.
+        tensors: arguments of the shapes to come.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> None:
+        self.inputs = [t.clone() for t in tensors]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another may be pinning memory
+            self.output = function(*self.inputs)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """Copy the arguments in, replay, and copy the result out: the next replay writes over it."""
+        for mine, given in zip(self.inputs, tensors, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()

@@ -1,0 +1,129 @@
+"""Sums over particles: exactly K draws for each datum, a chunk at a time, captured where that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ppl_vae.batches import Source
+from ppl_vae.capture import Captured, Engine
+from ppl_vae.pairs import Batch, Pair
+from ppl_vae.traces import KL, LogTerms, log_terms
+
+__all__ = ["Streamed", "add_means", "add_weights", "expected_rows", "mean_stderr", "weight_stderr"]
+
+Add = Callable[[Sequence[Tensor], LogTerms, Tensor], Sequence[Tensor]]
+
+ROWS = 1000  # of a chunk, particles times data, count as one use of the engine's
+
+
+class Streamed:
+    """What is summed over K particles for each datum: memory grows with the chunk, not with K.
+
+    Args:
+        engine: how to run.
+        pair: the pair, in evaluation mode.
+        add: (sums so far, terms of a chunk, their log weights (k, B) in float64) -> sums.
+        start: the values that the sums start from; each sum is float64 (B,).
+        particles: K.
+        chunk: particles held at once.
+        kl: as in `log_terms`.
+        rows: how many data there are, as far as known.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        pair: Pair,
+        add: Add,
+        start: Sequence[float],
+        *,
+        particles: int,
+        chunk: int,
+        kl: KL = "sampled",
+        rows: float,
+    ) -> None:
+        self.pair, self.add, self.start, self.kl = pair, add, start, kl
+        chunk = min(chunk, particles)
+        self.sizes = [chunk] * (particles // chunk) + [particles % chunk] * (particles % chunk > 0)
+        # Exactly K: what K leaves over the chunks is a smaller one of its own.
+        self.parts = {
+            size: Captured(engine, [pair], partial(self.one, size), lambda *_: particles * rows / ROWS)
+            for size in {*self.sizes}
+        }
+
+    def one(self, size: int, *tensors: Tensor) -> Sequence[Tensor]:
+        """The sums after one more chunk of particles."""
+        sums, batch = tensors[: len(self.start)], tensors[len(self.start) :]
+        terms = log_terms(self.pair, *batch, particles=size, kl=self.kl)
+        weight = terms.weight().double()
+        if weight.shape[1] != len(batch[0]):
+            raise ValueError(
+                f"program: {weight.shape[1]} rows in its data plate for a batch of {len(batch[0])}; "
+                "to judge each datum, the plate must hold the whole batch"
+            )
+        return self.add(sums, terms, weight)
+
+    @torch.no_grad()
+    def __call__(self, row: int, batch: Batch) -> Sequence[Tensor]:
+        """The sums for a batch whose first datum has the number ``row``, each float64 (B,).
+
+        Raises:
+            ValueError: a weight was NaN (the first sum is that of the weights, and shows it).
+        """
+        size, device = len(batch[0]), batch[0].device
+        sums: Sequence[Tensor] = [torch.full((size,), v, dtype=torch.float64, device=device) for v in self.start]
+        for chunk in self.sizes:
+            sums = self.parts[chunk](*sums, *batch)
+        if bool((wrong := sums[0].isnan()).any()):  # -inf is an answer: a datum that the model cannot make
+            raise ValueError(
+                f"data: the log weight of row {row + int(wrong.nonzero()[0])} is NaN; look for parameters that "
+                "are NaN, and for scales that overflow or vanish there"
+            )
+        return sums
+
+
+def expected_rows(source: Source, batch_size: int) -> float:
+    """How many data a source has, as far as it tells."""
+    steps = source.steps(batch_size)
+    return float("inf") if steps is None else steps * batch_size
+
+
+def add_weights(sums: Sequence[Tensor], terms: LogTerms, weight: Tensor) -> Sequence[Tensor]:
+    """Log Σ w and log Σ w²; both start from -inf."""
+    first, second = sums
+    return torch.logaddexp(first, weight.logsumexp(0)), torch.logaddexp(second, (2 * weight).logsumexp(0))
+
+
+def weight_stderr(ess: Tensor, particles: int) -> Tensor:
+    """Standard error of log mean(w): var(w) / mean(w)² = K / ESS - 1, with the sample variance's K - 1."""
+    if particles == 1:
+        return torch.full_like(ess, torch.nan)
+    return ((particles / ess - 1).clamp_min(0) / (particles - 1)).sqrt()
+
+
+def add_means(sums: Sequence[Tensor], terms: LogTerms, weight: Tensor) -> Sequence[Tensor]:
+    """Σ log w, Σ rate, Σ distortion, then three of the spread: from 0, 0, 0, NaN, 0, 0."""
+    total, rate, distortion, centre, first, second = sums
+    # Squares are taken about the mean of the first chunk: of what is left then, squares do not cancel.
+    centre = torch.where(centre.isnan(), weight.mean(0), centre)
+    rest = weight - centre
+    return (
+        total + weight.sum(0),
+        rate + terms.rate.double().sum(0),
+        distortion - terms.likelihood.double().sum(0),
+        centre,
+        first + rest.sum(0),
+        second + rest.square().sum(0),
+    )
+
+
+def mean_stderr(sums: Sequence[Tensor], particles: int) -> Tensor:
+    """Standard error of the mean of log w, from what `add_means` has summed."""
+    *_, first, second = sums
+    if particles == 1:
+        return torch.full_like(first, torch.nan)
+    return ((second - first.square() / particles).clamp_min(0) / (particles - 1) / particles).sqrt()

@@ -1,0 +1,175 @@
+"""One optimizer step on one objective: gradients as a pure function, then the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from ppl_vae.objectives import Objective
+from ppl_vae.pairs import Batch, Pair
+from ppl_vae.products import Bfloat16Products
+
+__all__ = ["Precision", "Update", "gradients"]
+
+Precision = Literal["float32", "bf16"]
+
+
+class Update:
+    """One optimizer step on one objective: a function of parameters, optimizer state, batch and random draws.
+
+    Nothing in it reads a number back from the device, so that it can be captured.
+
+    Args:
+        name: what its value is called in errors, such as "objective".
+        pair: the pair.
+        objective: what to maximise.
+        optimizer: torch optimizer over parameters of the pair.
+        clip_norm: largest norm of the gradient, or None.
+        precision: "float32", or "bf16" for matrix products and convolutions in bfloat16.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pair: Pair,
+        objective: Objective,
+        optimizer: Optimizer,
+        clip_norm: float | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        if precision not in ("float32", "bf16"):
+            raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
+        self.name, self.pair, self.objective = name, pair, objective
+        self.optimizer, self.clip_norm, self.precision = optimizer, clip_norm, precision
+        self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self._adam = _FusedAdam(optimizer)
+
+    def value(self, *batch: Tensor) -> Tensor:
+        """The mean objective over a batch, a scalar with gradients."""
+        value: Tensor = self.objective(self.pair, *batch).mean()
+        return value
+
+    def products(self) -> AbstractContextManager[object]:
+        """The precision, as a context in which to compute values and gradients."""
+        return Bfloat16Products() if self.precision == "bf16" else nullcontext()
+
+    def apply(self, found: Sequence[Tensor | None]) -> None:
+        """Take the optimizer's step along given gradients, one for each of ``parameters``."""
+        if self._adam.ready(found):
+            self._adam.step(found)
+            return
+        for parameter, gradient in zip(self.parameters, found, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Take the step; return the mean objective over the batch, a scalar on the device."""
+        with self.products():
+            value, found = gradients(self.value(*batch), [self.parameters], self.clip_norm)
+        self.apply(found)
+        return value
+
+
+def gradients(
+    value: Tensor, places: Sequence[Sequence[Tensor]], clip_norm: float | None = None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """A value, detached, and the gradients of its negative: None for parameters that it does not depend on.
+
+    Args:
+        value: scalar to be maximised.
+        places: lists of parameters; where there are several, what stands at the same position is one parameter.
+        clip_norm: largest norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` has it.
+    """
+    parts = torch.autograd.grad(-value, [p for place in places for p in place], allow_unused=True)
+    by_place = [parts[i : i + len(places[0])] for i in range(0, len(parts), len(places[0]))]
+    found = [_sum([g for g in same if g is not None]) for same in zip(*by_place, strict=True)]
+    if clip_norm is not None:
+        norm = nn.utils.get_total_norm([g for g in found if g is not None], foreach=True)
+        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        found = [None if g is None else g * factor for g in found]
+    return value.detach(), found
+
+
+def _sum(parts: list[Tensor]) -> Tensor | None:
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+class _FusedAdam:
+    """The kernel of a fused Adam on the CPU without the Python around it, a twentieth of a small step's time.
+
+    The optimizer takes its first step itself, which makes its state; then the same kernel is called on the same
+    state, so that the optimizer can be saved, or go on by itself, at any time.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.plain = type(optimizer) in (Adam, AdamW) and all(_plain(g) for g in optimizer.param_groups)
+        self.columns: list[tuple[list[Tensor], ...]] = []
+        self.state: Any = None
+
+    def ready(self, found: Sequence[Tensor | None]) -> bool:
+        """Whether the kernel can take this step."""
+        hooks = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
+        if not self.plain or hooks or any(g is None for g in found):
+            return False
+        first = self.optimizer.param_groups[0]["params"][0]
+        state = self.optimizer.state.get(first)
+        if not state:
+            return False
+        if state is not self.state:  # the first time, and after load_state_dict
+            self.columns, self.state = [self._column(g) for g in self.optimizer.param_groups], state
+        return True
+
+    def _column(self, group: dict[str, Any]) -> tuple[list[Tensor], ...]:
+        states = [self.optimizer.state[p] for p in group["params"]]
+        counts = torch.stack([s["step"] for s in states])  # counted up together, at once
+        for state, count in zip(states, counts.unbind(), strict=True):
+            state["step"] = count
+        columns = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        return ([p.detach() for p in group["params"]], *columns, [counts])
+
+    @torch.no_grad()
+    def step(self, found: Sequence[Tensor | None]) -> None:
+        """Take one step."""
+        rest = [g for g in found if g is not None]
+        for group, (parameters, first, second, steps, counts) in zip(
+            self.optimizer.param_groups, self.columns, strict=True
+        ):
+            mine, rest = rest[: len(parameters)], rest[len(parameters) :]
+            kernel = torch._fused_adamw_ if group.get("decoupled_weight_decay") else torch._fused_adam_
+            counts[0] += 1
+            kernel(
+                parameters,
+                mine,
+                first,
+                second,
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def _plain(group: dict[str, Any]) -> bool:
+    """Whether a parameter group asks for nothing but the fused kernel, on the CPU."""
+    special = any(group.get(key) for key in ("amsgrad", "maximize", "differentiable", "capturable"))
+    parameters = group["params"]
+    return bool(
+        group.get("fused")
+        and not special
+        and len({p.dtype for p in parameters}) == 1
+        and all(p.device.type == "cpu" for p in parameters)
+    )
