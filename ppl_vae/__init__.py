@@ -20,6 +20,7 @@ from ppl_vae.checkpoint import Save, load_weights, save_weights
 from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, Scale, bounded
 from ppl_vae.config import Config, build
 from ppl_vae.data import Images, digits, fashion_mnist, from_path, mnist
+from ppl_vae.densities import LogJoint
 from ppl_vae.estimators import Estimator, doubly, pathwise
 from ppl_vae.evaluate import (
     ActiveUnits,
@@ -104,6 +105,7 @@ __all__ = [
     # judge
     "ActiveUnits",
     "Estimate",
+    "LogJoint",
     "LogTerms",
     "active_units",
     "decode",

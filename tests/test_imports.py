@@ -15,7 +15,7 @@ LAYERS = [
     "rng files products graphs transforms nets conditionals priors likelihoods posteriors",
     "models",
     "pairs sites layout traces predictive bounds estimators objectives",
-    "streams batches capture updates steps hooks loop train estimates streaming evaluate",
+    "streams batches capture updates steps hooks loop train estimates streaming densities evaluate",
     "data plots arviz_export film checkpoint config runs cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
