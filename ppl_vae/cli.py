@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from ppl_vae.config import Config, presented
+from ppl_vae.config import COMPILE, Config, presented
 from ppl_vae.evaluate import ActiveUnits, Estimate, active_units, elbo, log_likelihood, sample
 from ppl_vae.files import write_whole
 from ppl_vae.models import CVAE
@@ -87,8 +87,9 @@ def evaluate(args: argparse.Namespace) -> int:
     data = presented(run.config, getattr(images, args.split)[: args.limit])
     run.program.to(device)
     start = time.perf_counter()
-    lower = elbo(run.program, data, min(args.particles, args.chunk), seed=args.seed)
-    tight = log_likelihood(run.program, data, args.particles, chunk=args.chunk, seed=args.seed)
+    settings = {"seed": args.seed, "compile": COMPILE[args.compile]}
+    lower = elbo(run.program, data, min(args.particles, args.chunk), **settings)
+    tight = log_likelihood(run.program, data, args.particles, chunk=args.chunk, **settings)
     units = active_units(run.program, data, seed=args.seed) if len(data) > 1 else None
     seconds = time.perf_counter() - start
     given = "log p(x | label)" if isinstance(run.program, CVAE) else "log p(x)"
@@ -103,9 +104,15 @@ def evaluate(args: argparse.Namespace) -> int:
     ess = tight.diagnostics["ess"]
     print(f"  effective sample size: median {ess.median():.1f}, least {ess.min():.1f} of {args.particles}")
     print(f"  active units: {'needs two data' if units is None else units}")
-    settings = {name: getattr(args, name) for name in ("split", "particles", "chunk", "seed")}
-    found = {"data": images.name, "size": len(data), "device": str(device), "seconds": seconds}
-    write_json(run.path / RESULTS, settings | found | _results(bounds, tight, units))
+    asked = {name: getattr(args, name) for name in ("split", "particles", "chunk", "seed", "compile")}
+    found = {
+        "engine": tight.engine,
+        "data": images.name,
+        "size": len(data),
+        "device": str(device),
+        "seconds": seconds,
+    }
+    write_json(run.path / RESULTS, asked | found | _results(bounds, tight, units))
     print(f"written to {run.path / RESULTS}")
     return 0
 
@@ -190,6 +197,7 @@ def info(args: argparse.Namespace) -> int:
     for name, value in run.config.to_dict().items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
         print(f"  {name:<14}{shown}{'  (default)' if value == default[name] else ''}")
+    print(f"  {'steps':<14}{run.engine}" if run.engine else "  not trained to the end")
     print(run.program)
     return 0
 
@@ -251,6 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=_count, metavar="N", help="judge only the first N data; by default all")
     p.add_argument("--chunk", type=_count, default=100, metavar="N", help="draws held at once (default: 100)")
     _seed_flag(p)
+    p.add_argument(
+        "--compile", choices=COMPILE, default="auto", help="capture and compile: where it pays, always, or never"
+    )
     p.add_argument("--device", metavar="TEXT", help="cpu, cuda, cuda:1, ...; by default CUDA when present")
     _place_flags(p)
 

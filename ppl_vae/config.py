@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.batches import Data
+from ppl_vae.capture import Compile
 from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, Scale
 from ppl_vae.data import Images, Split, digits, fashion_mnist, from_path, mnist, subset
+from ppl_vae.estimators import Estimator, doubly, pathwise
 from ppl_vae.files import PathLike
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models import CVAE, VAE
@@ -33,6 +35,7 @@ from ppl_vae.priors import StandardNormal, conditional_normal
 from ppl_vae.rng import seeded
 from ppl_vae.traces import KL
 from ppl_vae.transforms import redraw, threshold
+from ppl_vae.updates import Precision
 
 __all__ = ["Config", "build", "images_of", "objective_of", "presented"]
 
@@ -59,9 +62,12 @@ SCHEDULES: dict[str, Callable[..., Any] | None] = {
 }
 SCALES: dict[str, Callable[[], Scale]] = {"learned": LearnedScale, "per-pixel": NetScale}
 KLS: dict[str, KL] = {"sampled": "sampled", "analytic": "analytic", "auto": "auto"}
+ESTIMATORS: dict[str, Estimator] = {"pathwise": pathwise, "doubly": doubly}
+COMPILE: dict[str, Compile] = {"auto": "auto", "require": "require", "off": "off"}
+PRECISIONS: dict[str, Precision] = {"float32": "float32", "bf16": "bf16"}
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
-    "elbo": lambda c: ELBO(c.particles, kl=KLS[c.kl], beta=c.beta),
-    "iwae": lambda c: IWAE(c.particles),
+    "elbo": lambda c: ELBO(c.particles, kl=KLS[c.kl], beta=c.beta, estimator=ESTIMATORS[c.estimator]),
+    "iwae": lambda c: IWAE(c.particles, estimator=ESTIMATORS[c.estimator]),
 }
 LIKELIHOODS: dict[str, Callable[[Config, Callable[[int], nn.Module], int], Conditional]] = {
     "normal": lambda c, net, d: _normal(c, net, d),
@@ -114,6 +120,7 @@ class Config:
     kl: str = _objective(
         "analytic", "the elbo's KL: by draws, in closed form, or closed where it can be", choices=KLS
     )
+    estimator: str = _objective("pathwise", "of the gradient; doubly takes a sampled KL", choices=ESTIMATORS)
     beta: float = _objective(1.0, "weight of the elbo's KL", least=0)
     warm_up: int = _objective(0, "steps in which that weight rises from 0", least=0)
 
@@ -130,6 +137,10 @@ class Config:
     )
     seed: int = _training(0, "fixes initial weights, the order of the data and every draw", least=0)
     device: str | None = _training(None, "cpu, cuda, cuda:1, ...; by default CUDA when present")
+    compile: str = _training(
+        "auto", "capture and compile the step: where it pays, always, or never", choices=COMPILE
+    )
+    precision: str = _training("float32", "of matrix products while training", choices=PRECISIONS)
     film: bool = _training(True, "make a film of the training")
 
     def __post_init__(self) -> None:
@@ -139,6 +150,10 @@ class Config:
             raise ValueError("data must name a data set, a file or a folder, got nothing")
         if (self.beta != 1 or self.warm_up) and self.objective != "elbo":
             raise ValueError("beta and warm_up weigh the KL of the elbo; the other bounds have none to weigh")
+        if self.estimator == "doubly" and self.objective == "elbo" and self.kl != "sampled":
+            raise ValueError(
+                f"estimator 'doubly' needs the elbo's KL by draws; kl must be 'sampled', got {self.kl!r}"
+            )
         if self.scale != "learned" and self.likelihood != "normal":
             raise ValueError(f"scale is the σ of the normal likelihood; {self.likelihood} has none")
         _scale(self)

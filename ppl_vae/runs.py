@@ -32,7 +32,17 @@ from torch import Tensor, nn
 
 from ppl_vae.batches import prepare
 from ppl_vae.checkpoint import Save, load_weights
-from ppl_vae.config import OPTIMIZERS, SCHEDULES, Config, build, images_of, objective_of, presented
+from ppl_vae.config import (
+    COMPILE,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULES,
+    Config,
+    build,
+    images_of,
+    objective_of,
+    presented,
+)
 from ppl_vae.data import Images, Split
 from ppl_vae.evaluate import decode, encode, reconstruct, sample
 from ppl_vae.files import PathLike, write_whole
@@ -71,6 +81,7 @@ class RunFolder:
     shape: tuple[int, ...]
     classes: tuple[str, ...]
     program: Any
+    engine: str = ""  # how its steps were run
 
     def images(self, data: PathLike | None = None, data_dir: PathLike | None = None) -> Images:
         """The data the run was trained on, loaded again, or others in their place.
@@ -128,6 +139,8 @@ def train_run(
     try:
         write_json(path / RECORD, _record(record))
         run = _fit(record, images, device, progress)
+        record = replace(record, engine=run.engine.describe())
+        write_json(path / RECORD, _record(record))
     finally:
         if not (path / WEIGHTS).exists():  # stopped before there was anything to keep
             _clear(path)
@@ -152,6 +165,8 @@ def _fit(record: RunFolder, images: Images, device: torch.device, progress: bool
         device=device,
         hooks=_hooks(record, images, objective),
         progress=progress,
+        compile=COMPILE[config.compile],
+        precision=PRECISIONS[config.precision],
     )
 
 
@@ -200,7 +215,7 @@ def load_run(folder: PathLike) -> RunFolder:
         load_weights(program, path / WEIGHTS)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"run: {str(error).removeprefix('path: ')}") from error
-    return RunFolder(path, config, shape, classes, program)
+    return RunFolder(path, config, shape, classes, program, str(held.get("engine", "")))
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -298,6 +313,7 @@ def _record(run: RunFolder) -> dict[str, Any]:
         "config": run.config.to_dict(),
         "shape": list(run.shape),
         "classes": list(run.classes),
+        "engine": run.engine,
         "versions": {"python": platform.python_version()} | {p: installed(p) for p in packages},
     }
 

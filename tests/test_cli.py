@@ -215,6 +215,7 @@ def test_info_of_a_run(here, capsys):
     assert re.search(r"^  hidden +8$", out, re.M)
     assert re.search(r"^  latent +2  \(default\)$", out, re.M)
     assert "shape (3, 6, 5)" in out
+    assert re.search(r"^  steps +eager$", out, re.M)
 
 
 # ---- what does not

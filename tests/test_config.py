@@ -132,6 +132,8 @@ def test_every_choice_trains_and_is_judged(name, choice):
     settings = {"epochs": 1, "hidden": (8,), "limit": 20, name: choice}
     if choice == "bernoulli":
         settings["binarise"] = "threshold"
+    if choice == "doubly":
+        settings["kl"] = "sampled"
     made = Config(**settings)
     images = images_of(made)
     program = build(made, images.shape, len(images.classes))
@@ -146,6 +148,8 @@ def test_every_choice_trains_and_is_judged(name, choice):
         optimizer=lambda p: config.OPTIMIZERS[made.optimizer](p, lr=made.learning_rate),
         scheduler=schedule and (lambda o: schedule(o, T_max=1)),
         progress=False,
+        compile=config.COMPILE[made.compile] if made.compile != "require" else "off",  # seconds for nothing new
+        precision=config.PRECISIONS[made.precision],
     )
     assert torch.isfinite(torch.tensor(run.history[0]["train"]))
     assert any(not torch.equal(v, before[n]) for n, v in program.state_dict().items())
