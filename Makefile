@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format docs clean
+.PHONY: help demo test test-all bench lint format docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test: $(VENV)/.dev lint  ## lint, type-check and the whole suite, less what is s
 
 test-all: $(VENV)/.dev lint  ## everything; what the machine lacks is skipped with a reason
 	$(BIN)/python -m pytest -ra
+
+bench: $(VENV)/.dev  ## time the project against its peers (options: make bench BENCH="--device cuda")
+	$(BIN)/python tests/bench/run.py $(BENCH)
 
 lint: $(VENV)/.dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .

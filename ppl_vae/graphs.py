@@ -140,13 +140,15 @@ def _compile(module: GraphModule, arguments: list[Tensor]) -> tuple[Function, st
         import torch._inductor
         from torch._inductor import config
 
+    options: dict[str, Any] = {"fallback_random": True}  # the same draws as without compilation
     if all(t.device.type == "cpu" for t in arguments):
         products = choose_products(module)
+        # Weights change at every step, and with them would their copies in another layout.
+        options["layout_optimization"] = False
     else:
         products = "PyTorch's default matrix products"
     try:
-        # fallback_random: the same draws as without compilation
-        with _quiet(), config.patch(fallback_random=True), torch.no_grad():
+        with _quiet(), config.patch(options), torch.no_grad():
             run = torch._inductor.standalone_compile(module, [*arguments], dynamic_shapes="from_example_inputs")
     except Exception as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
