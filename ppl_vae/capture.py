@@ -86,7 +86,13 @@ class Engine:
         return graph, "captured, not compiled"
 
     def warn(self, what: str) -> None:
-        """Warn, once for all that this engine runs."""
+        """Warn, once for all that this engine runs; under "require", raise.
+
+        Raises:
+            ValueError: under "require".
+        """
+        if self.compile == "require":
+            raise ValueError(f"compile='require': {what}")
         if not self.warned:
             warnings.warn(f"compile='auto': {what}; compile='off' silences this", stacklevel=6)
         self.warned = True
@@ -161,7 +167,7 @@ class Captured:
         if not self.engine.wants(self.uses(*arguments)):
             return None
         if len(self.graphs) == MOST:
-            self.engine.warn(f"the shapes of batches keep changing; after {MOST} of them, others run uncaptured")
+            self.engine.warn(f"the shapes of batches keep changing, and no more than {MOST} are captured")
             return None
         self.graphs[key] = self.made(arguments)
         return self.graphs[key]
@@ -170,19 +176,26 @@ class Captured:
         """Capture the function for such arguments."""
         own = self.holder.state()
         state = [t.detach() for t in own.values()]
+        buffers = [name for name, _ in self.holder.named_buffers()]
 
         def pure(*tensors: Tensor) -> Sequence[Tensor]:
-            return self.outputs(dict(zip(own, tensors, strict=False)), tensors[len(own) :])
+            inside = dict(zip(own, tensors, strict=False))
+            before = {name: inside[name] for name in buffers}
+            results = self.outputs(inside, tensors[len(own) :])
+            for name, buffer in before.items():
+                if inside[name] is not buffer:  # a module has put another tensor in its place
+                    buffer.copy_(inside[name].detach())
+            return results
 
         graph = self.engine.capture(pure, [*state, *arguments], self.obstacle)
         return None if graph is None else (graph, state)
 
     def outputs(self, state: dict[str, Tensor], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The function's results with other tensors in place of the modules' own."""
+        """The function's results with other tensors in place of the modules' own; ``state`` is what they leave."""
         results: Sequence[Tensor] = functional_call(self.holder, state, tuple(arguments))
         return results
 
 
 def shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a graph is made for."""
-    return tuple((t.shape, t.dtype) for t in tensors)
+    return tuple((t.shape, t.stride(), t.dtype) for t in tensors)

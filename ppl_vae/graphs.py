@@ -16,8 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ppl_vae.products import choose_products
 
@@ -91,14 +94,52 @@ _compiled: OrderedDict[tuple[Any, ...], tuple[Function, str]] = OrderedDict()
 
 
 def _traced(function: Function, tensors: Sequence[Tensor]) -> GraphModule:
+    def inside(*given: Tensor) -> Sequence[Tensor]:
+        with _StandIns():
+            return function(*given)
+
     try:
-        module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        module = make_fx(inside, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
     except ValueError:
         raise
     except Exception as error:
         raise CaptureError(_cause(error)) from error
     module.graph.eliminate_dead_code()
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else [value]
+        if any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in sizes):
+            raise CaptureError(_READS.format(node.target))
     return module
+
+
+_READS = "it reads a number back from a tensor, or its shapes depend on values ({})"
+
+
+class _StandIns(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While tracing, stand-ins for tensors that a function uses without being given them.
+
+    Left to itself, make_fx takes such a tensor for a constant: it reads numbers from it, which would never change
+    again, and writes into it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.ops.aten.lift_fresh.default:  # a literal, made while tracing
+            args, kwargs = tree_map_only(Tensor, self.stand_in, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self.found:
+            self.found[id(tensor)] = tensor, tensor.detach()
+        return self.found[id(tensor)][1]
 
 
 def _cause(error: Exception) -> str:
@@ -106,7 +147,7 @@ def _cause(error: Exception) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     reads = ("_local_scalar_dense", "data-dependent", "DataDependent", "nonzero", "Could not guard")
     if any(word in f"{type(error).__name__} {text}" for word in reads):
-        return f"it reads a number back from a tensor, or its shapes depend on values ({text})"
+        return _READS.format(text)
     return f"{type(error).__name__}: {text}"
 
 

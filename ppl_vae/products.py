@@ -118,7 +118,8 @@ def _onednn() -> Callable[..., Tensor]:
     linear = torch.ops.mkldnn._linear_pointwise.default
 
     def multiply(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        result: Tensor = linear(a, b.t(), bias, "none", [], "")
+        flat = bias if bias is None else bias.contiguous()  # its strides are not looked at
+        result: Tensor = linear(a, b.t(), flat, "none", [], "")
         return result
 
     def shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

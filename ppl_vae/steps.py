@@ -95,7 +95,7 @@ def _gathered_inside(data: Data) -> bool:
 class _Gradients(Captured):
     """The value of an update's objective, and the gradients of its parameters.
 
-    Results are the value and those gradients there are; ``used`` tells of which parameters.
+    Results are the value and those gradients there are; ``used`` tells of which parameters, for each shape.
     """
 
     def __init__(self, engine: Engine, update: Update, feed: Given) -> None:
@@ -107,35 +107,36 @@ class _Gradients(Captured):
         self.update = update
         names = {id(p): name for name, p in self.holder.named_parameters()}
         self.names = [names[id(p)] for p in update.parameters]
-        self.used: list[bool] = []
+        self.used: dict[Any, list[bool]] = {}
 
     def plain(self, *arguments: Tensor) -> Sequence[Tensor]:
         """The value and the gradients at the parameters themselves."""
         with self.update.products():
             (value,) = self.function(*arguments)
-            return self.found(value, self.update.parameters)
+            return self.found(arguments, value, self.update.parameters)
 
     def outputs(self, state: dict[str, Tensor], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """The value and the gradients at other tensors than the parameters."""
-        leaves = state | {name: state[name].detach().requires_grad_() for name in self.names}
+        leaves = {name: state[name].detach().requires_grad_() for name in self.names}
+        state |= leaves
         with self.update.products():
-            (value,) = super().outputs(leaves, arguments)
+            (value,) = super().outputs(state, arguments)
             # A net that a plain function closes over is out of reach: it goes on using its own parameters, which
             # the graph has as constants where they live.
             places = [leaves[name] for name in self.names], self.update.parameters
-            return self.found(value, *places)
+            return self.found(arguments, value, *places)
 
-    def found(self, value: Tensor, *places: Sequence[Tensor]) -> Sequence[Tensor]:
+    def found(self, arguments: Sequence[Tensor], value: Tensor, *places: Sequence[Tensor]) -> Sequence[Tensor]:
         """The value and its gradients, each parameter's at the one of its places that the value depends on."""
         detached, found = gradients(value, places, self.update.clip_norm)
-        self.used = [g is not None for g in found]
+        self.used[shapes(arguments)] = [g is not None for g in found]
         return [detached, *(g for g in found if g is not None)]
 
     def step(self, *arguments: Tensor) -> Tensor:
         """Take the update's step; return the value."""
         value, *found = self(*arguments)
         rest = iter(found)
-        self.update.apply([next(rest) if used else None for used in self.used])
+        self.update.apply([next(rest) if used else None for used in self.used[shapes(arguments)]])
         return value
 
 
@@ -177,9 +178,11 @@ class Stepper:
         """Take the step as one launch; the first three of a shape warm up what cannot be recorded."""
         key = shapes(item)
         seen = self.replays.get(key, 0)
-        if isinstance(seen, CudaGraph) and rates.follow():
+        if not rates.follow():
+            return self.step(*item)
+        if isinstance(seen, CudaGraph):
             return seen(*item)
-        if not rates.capturable or self.gradients.graph((*self.feed.columns, *item)) is None:
+        if self.gradients.graph((*self.feed.columns, *item)) is None:
             return self.step(*item)
         if isinstance(seen, int) and seen < WARM_UP:
             self.replays[key] = seen + 1
@@ -197,10 +200,12 @@ class _Rates:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.groups = optimizer.param_groups
+        self.optimizer, self.groups = optimizer, optimizer.param_groups
         on_cuda = all(p.is_cuda for g in self.groups for p in g["params"])
-        self.capturable = on_cuda and all("capturable" in g for g in self.groups)
+        plain = not any(isinstance(g["lr"], Tensor) for g in self.groups)
+        self.capturable = on_cuda and plain and all("capturable" in g for g in self.groups)
         if self.capturable:
+            optimizer.__dict__["_warned_capturable_if_run_uncaptured"] = True  # so are the first steps, knowingly
             for group in self.groups:
                 group["capturable"] = True
             self.tensors = [torch.tensor(float(g["lr"]), device=g["params"][0].device) for g in self.groups]
@@ -212,8 +217,9 @@ class _Rates:
 
     def follow(self) -> bool:
         """Bring the tensors up to date; whether recorded steps still do what is asked for."""
-        self.capturable = self.capturable and self.others() == self.settings
-        for i, group in enumerate(self.groups):
+        kept = self.optimizer.param_groups is self.groups  # load_state_dict brings others, and other state
+        self.capturable = self.capturable and kept and self.others() == self.settings
+        for i, group in enumerate(self.groups if self.capturable else ()):
             if group["lr"] != self.numbers[i]:
                 self.numbers[i] = group["lr"]
                 self.tensors[i].fill_(self.numbers[i])
@@ -222,7 +228,6 @@ class _Rates:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """The optimizer reads its learning rates from the tensors."""
-        self.follow()
         for group, tensor in zip(self.groups, self.tensors, strict=True):
             group["lr"] = tensor
         try:

@@ -95,7 +95,13 @@ def gradients(
         norm = nn.utils.get_total_norm([g for g in found if g is not None], foreach=True)
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         found = [None if g is None else g * factor for g in found]
-    return value.detach(), found
+    return value.detach(), [None if g is None else _laid_out(g, p) for g, p in zip(found, places[0], strict=True)]
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient in the memory order of its parameter: fused optimizers walk through both as one."""
+    same = gradient.stride() == parameter.stride() or (gradient.is_contiguous() and parameter.is_contiguous())
+    return gradient if same else torch.empty_like(parameter).copy_(gradient)
 
 
 def _sum(parts: list[Tensor]) -> Tensor | None:
@@ -125,6 +131,8 @@ class _FusedAdam:
         if not state:
             return False
         if state is not self.state:  # the first time, and after load_state_dict
+            if not all(self.optimizer.state.get(p) for g in self.optimizer.param_groups for p in g["params"]):
+                return False  # one had no gradient yet
             self.columns, self.state = [self._column(g) for g in self.optimizer.param_groups], state
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -29,3 +30,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Graphs are captured and not compiled, which takes seconds; how many arguments each of them had."""
+    from ppl_vae import capture, graphs
+
+    made: list[int] = []
+
+    def interpret(function: Any, tensors: Any, *, compile: bool = True) -> Any:
+        made.append(len(tensors))
+        return graphs.capture(function, tensors, compile=False)
+
+    monkeypatch.setattr(capture, "capture", interpret)
+    return made
