@@ -146,10 +146,20 @@ class Captured:
         self.obstacle = obstacle
         self.holder = _Together(modules, function)
         self.graphs: dict[tuple[Any, ...], tuple[Graph, list[Tensor]] | None] = {}
+        self.running: tuple[Any, ...] = ()  # the key of the arguments at hand
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
         """Run the function."""
-        found = self.graph(arguments)
+        return self.run(self.key(arguments), arguments)
+
+    def key(self, arguments: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What a graph is made for: shapes, strides and types, and the modules' modes."""
+        return (*shapes(arguments), *[module.training for module in self.modules])
+
+    def run(self, key: tuple[Any, ...], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run the function on arguments that have this key."""
+        self.running = key
+        found = self.graphs[key] if key in self.graphs else self.graph(key, arguments)
         if found is None:
             return self.plain(*arguments)
         graph, state = found
@@ -159,11 +169,8 @@ class Captured:
         """Run the function as it is."""
         return self.function(*arguments)
 
-    def graph(self, arguments: Sequence[Tensor]) -> tuple[Graph, list[Tensor]] | None:
-        """The graph for such arguments and the tensors of the modules; None where the function runs as it is."""
-        key = shapes(arguments) + tuple(module.training for module in self.modules)
-        if key in self.graphs:
-            return self.graphs[key]
+    def graph(self, key: tuple[Any, ...], arguments: Sequence[Tensor]) -> tuple[Graph, list[Tensor]] | None:
+        """A new graph and the tensors of the modules that it takes; None where the function runs as it is."""
         if not self.engine.wants(self.uses(*arguments)):
             return None
         if len(self.graphs) == MOST:

@@ -146,7 +146,8 @@ def frozen(pair: Pair) -> Iterator[None]:
     Raises:
         ValueError: something is drawn: the second run of a program would not be the first.
     """
-    trained = [p for p in pair.parameters() if p.requires_grad]
+    own = {id(p): p for p in (*pair.parameters(), *pair.known.values())}
+    trained = [p for p in own.values() if p.requires_grad]
     buffers = [(m, name, b) for m in pair.modules() for name, b in m.named_buffers(recurse=False)]
     for p in trained:
         p.requires_grad_(False)

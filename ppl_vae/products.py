@@ -58,6 +58,9 @@ class Bfloat16Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Round the operands of a product, and give its result back as float32."""
         if func not in self.rounded or not any(_single(a) for a in args):
             return func(*args, **(kwargs or {}))
+        if func in (aten.addmm.default, aten.baddbmm.default) and not kwargs:  # what is added is not rounded
+            product = aten.mm.default if func is aten.addmm.default else aten.bmm.default
+            return args[0] + self.__torch_dispatch__(product, types, args[1:])
         low = [a.to(torch.bfloat16) if _single(a) else a for a in args]
         result = func(*low, **(kwargs or {}))
         if isinstance(result, tuple):

@@ -113,7 +113,7 @@ class _Gradients(Captured):
         """The value and the gradients at the parameters themselves."""
         with self.update.products():
             (value,) = self.function(*arguments)
-            return self.found(arguments, value, self.update.parameters)
+            return self.found(value, self.update.parameters)
 
     def outputs(self, state: dict[str, Tensor], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """The value and the gradients at other tensors than the parameters."""
@@ -124,20 +124,26 @@ class _Gradients(Captured):
             # A net that a plain function closes over is out of reach: it goes on using its own parameters, which
             # the graph has as constants where they live.
             places = [leaves[name] for name in self.names], self.update.parameters
-            return self.found(arguments, value, *places)
+            return self.found(value, *places)
 
-    def found(self, arguments: Sequence[Tensor], value: Tensor, *places: Sequence[Tensor]) -> Sequence[Tensor]:
+    def found(self, value: Tensor, *places: Sequence[Tensor]) -> Sequence[Tensor]:
         """The value and its gradients, each parameter's at the one of its places that the value depends on."""
         detached, found = gradients(value, places, self.update.clip_norm)
-        self.used[shapes(arguments)] = [g is not None for g in found]
+        self.used[self.running] = [g is not None for g in found]
         return [detached, *(g for g in found if g is not None)]
 
     def step(self, *arguments: Tensor) -> Tensor:
         """Take the update's step; return the value."""
-        value, *found = self(*arguments)
+        key = self.key(arguments)
+        value, *found = self.run(key, arguments)
         rest = iter(found)
-        self.update.apply([next(rest) if used else None for used in self.used[shapes(arguments)]])
+        self.update.apply([next(rest) if used else None for used in self.used[key]])
         return value
+
+    def device_only(self, arguments: Sequence[Tensor]) -> bool:
+        """Whether such arguments have a graph all of whose tensors lie on the GPU, so that it can be recorded."""
+        found = self.graphs.get(self.key(arguments))
+        return found is not None and all(t.is_cuda for t in (*arguments, *found[1], *found[0].constants))
 
 
 class Stepper:
@@ -182,13 +188,16 @@ class Stepper:
             return self.step(*item)
         if isinstance(seen, CudaGraph):
             return seen(*item)
-        if self.gradients.graph((*self.feed.columns, *item)) is None:
-            return self.step(*item)
-        if isinstance(seen, int) and seen < WARM_UP:
+        if seen < WARM_UP or not self.gradients.device_only((*self.feed.columns, *item)):
             self.replays[key] = seen + 1
             return self.step(*item)
-        with rates.on_device():
-            replay = self.replays[key] = CudaGraph(self.step, item)
+        try:
+            with rates.on_device():
+                replay = self.replays[key] = CudaGraph(self.step, item)
+        except RuntimeError as error:
+            self.engine.warn(f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})")
+            rates.capturable = False
+            return self.step(*item)
         return replay(*item)
 
 
@@ -213,7 +222,8 @@ class _Rates:
             self.settings = self.others()
 
     def others(self) -> list[dict[str, Any]]:
-        return [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.groups]
+        rates = ("params", "lr", "initial_lr")
+        return [{k: v for k, v in g.items() if k not in rates} for g in self.groups]
 
     def follow(self) -> bool:
         """Bring the tensors up to date; whether recorded steps still do what is asked for."""

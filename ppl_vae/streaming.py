@@ -31,6 +31,7 @@ class Streamed:
         particles: K.
         chunk: particles held at once.
         kl: as in `log_terms`.
+        batch_size: data per batch; the last may be shorter.
         rows: how many data there are, as far as known.
     """
 
@@ -44,16 +45,24 @@ class Streamed:
         particles: int,
         chunk: int,
         kl: KL = "sampled",
+        batch_size: int,
         rows: float,
     ) -> None:
         self.pair, self.add, self.start, self.kl = pair, add, start, kl
+        self.batch_size, self.rows = batch_size, rows
         chunk = min(chunk, particles)
         self.sizes = [chunk] * (particles // chunk) + [particles % chunk] * (particles % chunk > 0)
         # Exactly K: what K leaves over the chunks is a smaller one of its own.
         self.parts = {
-            size: Captured(engine, [pair], partial(self.one, size), lambda *_: particles * rows / ROWS)
+            size: Captured(engine, [pair], partial(self.one, size), partial(self.uses, size))
             for size in {*self.sizes}
         }
+
+    def uses(self, size: int, *tensors: Tensor) -> float:
+        """How often such a chunk is expected, weighed by its rows; a short batch comes once."""
+        length = len(tensors[-1])
+        data = self.rows if length == self.batch_size else min(length, self.rows)
+        return self.sizes.count(size) * size * data / ROWS
 
     def one(self, size: int, *tensors: Tensor) -> Sequence[Tensor]:
         """The sums after one more chunk of particles."""

@@ -63,12 +63,12 @@ class Update:
 
     def apply(self, found: Sequence[Tensor | None]) -> None:
         """Take the optimizer's step along given gradients, one for each of ``parameters``."""
-        if self._adam.ready(found):
-            self._adam.step(found)
-            return
         for parameter, gradient in zip(self.parameters, found, strict=True):
             parameter.grad = gradient
-        self.optimizer.step()
+        if self._adam.ready(found):
+            self._adam.step(found)
+        else:
+            self.optimizer.step()
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take the step; return the mean objective over the batch, a scalar on the device."""

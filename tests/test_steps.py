@@ -73,12 +73,9 @@ def agree(update, *batch):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
 
-CLOSED = pytest.mark.xfail(strict=True, reason="`frozen` does not reach what a plain function closes over")
-
-
 @pytest.mark.parametrize(
     ("name", "goal"),
-    [pytest.param(*c, marks=CLOSED if c[0] == "closed over" and "doubly" in c[1] else ()) for c in GRID],
+    GRID,
 )
 def test_captured_and_as_written(interpreted, name, goal):
     c = case(name)
@@ -435,8 +432,31 @@ def on_gpu(monkeypatch, factory=adam, schedule=falling):
     pair = as_pair(program)
     inspect(pair, (pixels(16),))
     update = update_of(pair, pv.ELBO(), factory)
-    made = schedule(update.optimizer)
-    return program, Stepper(update, "require"), made, recording(monkeypatch, update.optimizer)
+    made, stepper = schedule(update.optimizer), Stepper(update, "require")
+    stepper.gradients.device_only = lambda arguments: True
+    return program, stepper, made, recording(monkeypatch, update.optimizer)
+
+
+def test_what_uses_tensors_of_the_host_is_not_recorded(interpreted, monkeypatch):
+    _, stepper, _, made = on_gpu(monkeypatch)
+    del stepper.gradients.device_only  # the stand-in; in truth these tensors are on the CPU
+    for _ in range(steps.WARM_UP + 3):
+        assert stepper.replayed(stepper.rates, (pixels(16),)).isfinite()
+    assert made == []
+
+
+def test_a_recording_that_fails_is_told_and_left(interpreted, monkeypatch):
+    _, stepper, _, _ = on_gpu(monkeypatch)
+    stepper.engine.compile = "auto"
+
+    class Failing:
+        def __init__(self, function, tensors):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(steps, "CudaGraph", Failing)
+    with pytest.warns(UserWarning, match=r"cannot be recorded as a CUDA graph \(operation not permitted"):
+        values = [stepper.replayed(stepper.rates, (pixels(16),)) for _ in range(steps.WARM_UP + 3)]
+    assert torch.stack(values).isfinite().all()
 
 
 def test_a_step_is_recorded_once_warm_and_then_replayed(interpreted, monkeypatch):

@@ -187,7 +187,9 @@ def test_a_plate_that_does_not_hold_the_batch_is_refused(interpreted, how):
 def test_it_is_the_sum_over_all_particles_at_once():
     pair = as_pair(vae())
     inspect(pair, (X,))
-    streamed = Streamed(Engine("off"), pair, add_weights, (INFINITE,) * 2, particles=7, chunk=3, rows=25)
+    streamed = Streamed(
+        Engine("off"), pair, add_weights, (INFINITE,) * 2, particles=7, chunk=3, batch_size=10, rows=25
+    )
     with seeded(0), torch.no_grad():
         weight = torch.cat([log_terms(pair, X, particles=k).weight().double() for k in (3, 3, 1)])
     with seeded(0):
