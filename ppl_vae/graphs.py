@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ppl_vae.products import choose_products
+from ppl_vae.rewrites import fewer_logarithms
 
 __all__ = ["CaptureError", "CudaGraph", "Graph", "capture"]
 
@@ -184,8 +185,10 @@ def _compile(module: GraphModule, arguments: list[Tensor]) -> tuple[Function, st
     options: dict[str, Any] = {"fallback_random": True}  # the same draws as without compilation
     if all(t.device.type == "cpu" for t in arguments):
         products = choose_products(module)
+        fewer_logarithms(module)
         # Weights change at every step, and with them would their copies in another layout.
         options["layout_optimization"] = False
+        options["cpp.use_decompose_tanh"] = True  # by exp: three times as fast, off by 1e-7 at most
     else:
         products = "PyTorch's default matrix products"
     try:

@@ -207,16 +207,20 @@ def _default(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _onednn_wins(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
-    """Time both libraries in alternation, so that a busy moment hits them alike."""
+    """Time both libraries in alternation, so that a busy moment hits them alike.
+
+    OneDNN wins if its best time does, and four of five rounds: one lucky round on a busy machine must not
+    decide, because the answer is kept.
+    """
     calls: list[Callable[[], Tensor]] = [partial(f, a, b, bias) for f in (_default, _onednn())]
     for call in calls:
         call()
-    best, end = [float("inf")] * 2, time.perf_counter() + 2 * SECONDS
-    rounds = 0
-    while rounds < 3 or (time.perf_counter() < end and rounds < 50):
-        for i, call in enumerate(calls):
+    times: list[list[float]] = [[], []]
+    end = time.perf_counter() + 2 * SECONDS
+    while len(times[0]) < 10 or (time.perf_counter() < end and len(times[0]) < 50):
+        for call, taken in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
-            best[i] = min(best[i], time.perf_counter() - start)
-        rounds += 1
-    return best[1] < MARGIN * best[0]
+            taken.append(time.perf_counter() - start)
+    won = [ours < default for default, ours in zip(*times, strict=True)]
+    return min(times[1]) < MARGIN * min(times[0]) and sum(won) > 0.8 * len(won)

@@ -63,12 +63,12 @@ class Update:
 
     def apply(self, found: Sequence[Tensor | None]) -> None:
         """Take the optimizer's step along given gradients, one for each of ``parameters``."""
-        for parameter, gradient in zip(self.parameters, found, strict=True):
-            parameter.grad = gradient
         if self._adam.ready(found):
             self._adam.step(found)
-        else:
-            self.optimizer.step()
+            return
+        for parameter, gradient in zip(self.parameters, found, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take the step; return the mean objective over the batch, a scalar on the device."""
@@ -134,6 +134,7 @@ class _FusedAdam:
             if not all(self.optimizer.state.get(p) for g in self.optimizer.param_groups for p in g["params"]):
                 return False  # one had no gradient yet
             self.columns, self.state = [self._column(g) for g in self.optimizer.param_groups], state
+            self.optimizer.zero_grad(set_to_none=True)  # gradients are not left there any more
         return True
 
     def _column(self, group: dict[str, Any]) -> tuple[list[Tensor], ...]:

@@ -12,7 +12,7 @@ import ppl_vae
 
 PACKAGE = Path(ppl_vae.__file__).parent
 LAYERS = [
-    "rng files products graphs transforms nets conditionals priors likelihoods posteriors",
+    "rng files products rewrites graphs transforms nets conditionals priors likelihoods posteriors",
     "models",
     "pairs sites layout traces predictive bounds estimators objectives",
     "streams batches capture updates steps hooks loop train estimates streaming densities evaluate",
