@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
 from ppl_vae.graphs import CaptureError, Graph, capture
@@ -50,7 +52,9 @@ class Engine:
         """Whether to capture what will run so often."""
         return self.compile == "require" or (self.compile == "auto" and uses >= WORTH)
 
-    def capture(self, function: Call, tensors: Sequence[Tensor], obstacle: str | None = None) -> Graph | None:
+    def capture(
+        self, function: Call, tensors: Sequence[Tensor], obstacle: str | None = None, *, noted: bool = True
+    ) -> Graph | None:
         """Capture and compile; failing that, under "auto", capture only; failing that, None.
 
         Raises:
@@ -64,7 +68,7 @@ class Engine:
             graph, how = capture(function, tensors), "compiled"
         except CaptureError as error:
             graph, how = self.without(function, tensors, error, obstacle)
-        if graph is not None:
+        if graph is not None and noted:
             self.note(f"{how} in {time.perf_counter() - start:.1f} s, {graph.products}")
         return graph
 
@@ -123,6 +127,37 @@ class _Together(nn.Module):
         return dict(self.named_parameters()) | dict(self.named_buffers())
 
 
+class _Ready:
+    """A graph, and the modules' tensors that it takes."""
+
+    def __init__(self, graph: Graph, own: list[Tensor]) -> None:
+        self.graph, self.own, self.ran = graph, own, False
+        self.pointers: list[int] = []
+        self.detached: list[Tensor] = []
+
+    def state(self) -> list[Tensor]:
+        """The tensors as they are now; a parameter's data may have been put elsewhere (``p.data = ...``)."""
+        pointers = [t.data_ptr() for t in self.own]
+        if pointers != self.pointers:
+            self.pointers, self.detached = pointers, [t.detach() for t in self.own]
+        return self.detached
+
+
+@contextmanager
+def _clean(holder: nn.Module) -> Iterator[None]:
+    """Take back what modules have set on themselves meanwhile, if it is a stand-in: caches that tracing filled."""
+    before = [(m, dict(vars(m))) for m in holder.modules()]
+    try:
+        yield
+    finally:
+        for module, held in before:
+            for name in [n for n, v in vars(module).items() if isinstance(v, FakeTensor)]:
+                if name in held:
+                    vars(module)[name] = held[name]
+                else:
+                    del vars(module)[name]
+
+
 class Captured:
     """A function of tensors that uses modules: run as it is, or as a graph for each shape of its arguments.
 
@@ -132,6 +167,7 @@ class Captured:
         function: of tensors, returning a sequence of tensors.
         uses: arguments -> how often such shapes are expected.
         obstacle: why it cannot be captured, where that is known beforehand.
+        noted: whether the engine's description may be of this function.
     """
 
     def __init__(
@@ -141,11 +177,12 @@ class Captured:
         function: Call,
         uses: Callable[..., float] = lambda *_: math.inf,
         obstacle: str | None = None,
+        noted: bool = True,
     ) -> None:
         self.engine, self.modules, self.function, self.uses = engine, modules, function, uses
-        self.obstacle = obstacle
+        self.obstacle, self.noted = obstacle, noted
         self.holder = _Together(modules, function)
-        self.graphs: dict[tuple[Any, ...], tuple[Graph, list[Tensor]] | None] = {}
+        self.graphs: dict[tuple[Any, ...], _Ready | None] = {}
         self.running: tuple[Any, ...] = ()  # the key of the arguments at hand
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
@@ -162,14 +199,26 @@ class Captured:
         found = self.graphs[key] if key in self.graphs else self.graph(key, arguments)
         if found is None:
             return self.plain(*arguments)
-        graph, state = found
-        return graph(*state, *arguments)
+        if not found.ran:
+            return self.first(key, found, arguments)
+        return found.graph(*found.state(), *arguments)
+
+    def first(self, key: tuple[Any, ...], found: _Ready, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run a graph for the first time: what compiles may still fail to run."""
+        try:
+            results = found.graph(*found.state(), *arguments)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told, or raised under "require"
+            self.engine.warn(f"the graph cannot be run ({type(error).__name__}: {str(error).splitlines()[0]})")
+            self.graphs[key] = None
+            return self.plain(*arguments)
+        found.ran = True
+        return results
 
     def plain(self, *arguments: Tensor) -> Sequence[Tensor]:
         """Run the function as it is."""
         return self.function(*arguments)
 
-    def graph(self, key: tuple[Any, ...], arguments: Sequence[Tensor]) -> tuple[Graph, list[Tensor]] | None:
+    def graph(self, key: tuple[Any, ...], arguments: Sequence[Tensor]) -> _Ready | None:
         """A new graph and the tensors of the modules that it takes; None where the function runs as it is."""
         if not self.engine.wants(self.uses(*arguments)):
             return None
@@ -179,7 +228,7 @@ class Captured:
         self.graphs[key] = self.made(arguments)
         return self.graphs[key]
 
-    def made(self, arguments: Sequence[Tensor]) -> tuple[Graph, list[Tensor]] | None:
+    def made(self, arguments: Sequence[Tensor]) -> _Ready | None:
         """Capture the function for such arguments."""
         own = self.holder.state()
         state = [t.detach() for t in own.values()]
@@ -194,8 +243,9 @@ class Captured:
                     buffer.copy_(inside[name].detach())
             return results
 
-        graph = self.engine.capture(pure, [*state, *arguments], self.obstacle)
-        return None if graph is None else (graph, state)
+        with _clean(self.holder):
+            graph = self.engine.capture(pure, [*state, *arguments], self.obstacle, noted=self.noted)
+        return None if graph is None else _Ready(graph, [*own.values()])
 
     def outputs(self, state: dict[str, Tensor], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """The function's results with other tensors in place of the modules' own; ``state`` is what they leave."""

@@ -197,7 +197,7 @@ def info(args: argparse.Namespace) -> int:
     for name, value in run.config.to_dict().items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
         print(f"  {name:<14}{shown}{'  (default)' if value == default[name] else ''}")
-    print(f"  {'steps':<14}{run.engine}" if run.engine else "  not trained to the end")
+    print(f"  {'steps':<14}{run.engine}" if run.engine else "  steps         not recorded")
     print(run.program)
     return 0
 

@@ -20,7 +20,7 @@ class LogJoint:
     """Log p(x, z) of a program and its gradient in z, captured as one graph for each shape.
 
     Args:
-        program: the pair; its guide is not run. Its parameters stay as and where they are while this is in use.
+        program: the pair; its guide is not run, but once to check the first batch.
         compile: as in `ppl_vae.fit`; "auto" compiles, for such a function is called thousands of times.
 
     >>> import ppl_vae as pv
@@ -33,6 +33,7 @@ class LogJoint:
     def __init__(self, program: Program | Pair, *, compile: Compile = "auto") -> None:
         self.pair, self.engine = as_pair(program), Engine(compile)
         self.captured: dict[tuple[str, ...], Captured] = {}
+        self.held: list[int] = []
 
     def __call__(self, latents: Mapping[str, Tensor], *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the density and its gradient.
@@ -53,6 +54,9 @@ class LogJoint:
                 raise ValueError(f"latents {name!r}: {value.dtype} has no gradient; enumerate or sum it out")
         if self.pair.layout is None:
             inspect(self.pair, batch)  # it looks at values, which a captured function cannot
+        held = [id(t) for t in (*self.pair.parameters(), *self.pair.buffers())]
+        if held != self.held:  # loaded or moved since
+            self.captured, self.held = {}, held
         names = tuple(latents)
         if names not in self.captured:
             self.captured[names] = Captured(self.engine, [self.pair], partial(self.both, names))

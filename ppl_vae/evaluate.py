@@ -77,7 +77,8 @@ def log_likelihood(
         source = prepare(pair, data, batch_size)
         rows = expected_rows(source, batch_size)
         start = (-math.inf, -math.inf)
-        sizes: dict[str, Any] = {"particles": particles, "chunk": chunk, "batch_size": batch_size, "rows": rows}
+        size = batch_size if isinstance(source, Data) else None
+        sizes: dict[str, Any] = {"particles": particles, "chunk": chunk, "batch_size": size, "rows": rows}
         sums = Streamed(engine, pair, add_weights, start, **sizes)
         parts = [sums(row, batch) for row, batch in _presented(pair, source, batch_size, seed)]
     first, second = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
@@ -143,7 +144,8 @@ def elbo(
         source = prepare(pair, data, batch_size)
         rows = expected_rows(source, batch_size)
         start = (0.0, 0.0, 0.0, math.nan, 0.0, 0.0)
-        sizes: dict[str, Any] = {"particles": particles, "chunk": chunk, "batch_size": batch_size, "rows": rows}
+        size = batch_size if isinstance(source, Data) else None
+        sizes: dict[str, Any] = {"particles": particles, "chunk": chunk, "batch_size": size, "rows": rows}
         sums = Streamed(engine, pair, add_means, start, kl=kl, **sizes)
         parts = [sums(row, batch) for row, batch in _presented(pair, source, batch_size, seed)]
     columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]

@@ -61,7 +61,8 @@ def capture(function: Function, tensors: Sequence[Tensor], *, compile: bool = Tr
     """Capture a function of tensors.
 
     It is traced once on stand-ins without data, so no number is drawn and nothing is written. Random numbers are
-    drawn anew at every run, from torch's default generators and in the same order as by the function itself.
+    drawn anew at every run, from torch's default generators, and with PyTorch 2.15 or newer in the same order as
+    by the function itself.
     What is no tensor (a float attribute, a Python branch, the number of particles) becomes part of the graph.
 
     Args:
@@ -99,8 +100,9 @@ def _traced(function: Function, tensors: Sequence[Tensor]) -> GraphModule:
         with _StandIns():
             return function(*given)
 
+    apart = [t.detach() for t in tensors]  # one tensor given twice is two arguments all the same
     try:
-        module = make_fx(inside, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        module = make_fx(inside, tracing_mode="fake", _allow_non_fake_inputs=True)(*apart)
     except ValueError:
         raise
     except Exception as error:
@@ -183,17 +185,16 @@ def _compile(module: GraphModule, arguments: list[Tensor]) -> tuple[Function, st
         from torch._inductor import config
 
     options: dict[str, Any] = {"fallback_random": True}  # the same draws as without compilation
-    if all(t.device.type == "cpu" for t in arguments):
-        products = choose_products(module)
-        fewer_logarithms(module)
-        # Weights change at every step, and with them would their copies in another layout.
-        options["layout_optimization"] = False
-        options["cpp.use_decompose_tanh"] = True  # by exp: three times as fast, off by 1e-7 at most
-    else:
-        products = "PyTorch's default matrix products"
+    products = "PyTorch's default matrix products"
     try:
+        if all(t.device.type == "cpu" for t in arguments):
+            products = choose_products(module)
+            fewer_logarithms(module)
+            # Weights change at every step, and with them would their copies in another layout.
+            options["layout_optimization"] = False
         with _quiet(), config.patch(options), torch.no_grad():
-            run = torch._inductor.standalone_compile(module, [*arguments], dynamic_shapes="from_example_inputs")
+            apart: list[Any] = [t.detach() for t in arguments]
+            run = torch._inductor.standalone_compile(module, apart, dynamic_shapes="from_example_inputs")
     except Exception as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise CaptureError(f"the graph cannot be compiled ({type(error).__name__}: {text[:200]})") from error

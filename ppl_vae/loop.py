@@ -113,7 +113,7 @@ class Loop:
         def values(*arguments: Tensor) -> Sequence[Tensor]:
             return (goal(pair, *feed.present(*arguments)),)
 
-        return Captured(self.run.engine, [pair, goal], values, feed.uses, goal.obstacle(pair))
+        return Captured(self.run.engine, [pair, goal], values, feed.uses, goal.obstacle(pair), noted=False)
 
     def go(self) -> None:
         """Run to the end, and call ``on_end`` however it comes."""

@@ -108,7 +108,7 @@ def _operands(node: Node) -> tuple[Node, Node, Node | None] | None:
     else:
         return None
     values = [n.meta["val"] for n in found if n is not None]
-    if any(v.dtype != torch.float32 or v.device.type != "cpu" for v in values):
+    if any(v.dtype != torch.float32 or v.device.type != "cpu" or not v.numel() for v in values):
         return None
     return found if found[2] is None or values[2].dim() == 1 else None
 

@@ -18,7 +18,7 @@ LANES = 16  # float32 numbers in the widest vector register
 def fewer_logarithms(graph: GraphModule) -> int:
     """Rewrite sums over pixels of Bernoulli log-densities, so that one logarithm serves many pixels.
 
-    For logits l and pixels x, log p = x l - max(l, 0) - log(1 + exp(-|l|)), and
+    For logits l and pixels x, log p = (x - 1) max(l, 0) + x min(l, 0) - log(1 + exp(-|l|)), and
 
         Σ_i log(1 + exp(-|l_i|)) = Σ_g log Π_{i in g} (1 + exp(-|l_i|)).
 
@@ -76,7 +76,9 @@ def _grouped(graph: GraphModule, logits: Node, pixels: Node, size: list[int], gr
     """The nodes of the sum, group by group."""
     call = graph.graph.call_function
     logits, pixels = (call(aten.reshape.default, (n, size)) for n in (logits, pixels))
-    linear = call(aten.sub.Tensor, (call(aten.mul.Tensor, (pixels, logits)), call(aten.relu.default, (logits,))))
+    above, below = call(aten.relu.default, (logits,)), call(aten.clamp.default, (logits, None, 0))
+    above = call(aten.mul.Tensor, (call(aten.sub.Tensor, (pixels, 1)), above))
+    linear = call(aten.add.Tensor, (above, call(aten.mul.Tensor, (pixels, below))))
     small = call(aten.exp.default, (call(aten.neg.default, (call(aten.abs.default, (logits,)),)),))
     factors = call(aten.add.Tensor, (small, 1.0))
     grouped = call(aten.reshape.default, (factors, [*size[:-1], group, size[-1] // group]))

@@ -143,7 +143,7 @@ class _Gradients(Captured):
     def device_only(self, arguments: Sequence[Tensor]) -> bool:
         """Whether such arguments have a graph all of whose tensors lie on the GPU, so that it can be recorded."""
         found = self.graphs.get(self.key(arguments))
-        return found is not None and all(t.is_cuda for t in (*arguments, *found[1], *found[0].constants))
+        return found is not None and all(t.is_cuda for t in (*arguments, *found.own, *found.graph.constants))
 
 
 class Stepper:

@@ -31,7 +31,7 @@ class Streamed:
         particles: K.
         chunk: particles held at once.
         kl: as in `log_terms`.
-        batch_size: data per batch; the last may be shorter.
+        batch_size: data per batch, the last may be shorter; None where a stream decides.
         rows: how many data there are, as far as known.
     """
 
@@ -45,7 +45,7 @@ class Streamed:
         particles: int,
         chunk: int,
         kl: KL = "sampled",
-        batch_size: int,
+        batch_size: int | None,
         rows: float,
     ) -> None:
         self.pair, self.add, self.start, self.kl = pair, add, start, kl
@@ -61,7 +61,7 @@ class Streamed:
     def uses(self, size: int, *tensors: Tensor) -> float:
         """How often such a chunk is expected, weighed by its rows; a short batch comes once."""
         length = len(tensors[-1])
-        data = self.rows if length == self.batch_size else min(length, self.rows)
+        data = self.rows if self.batch_size in (None, length) else min(length, self.rows)
         return self.sizes.count(size) * size * data / ROWS
 
     def one(self, size: int, *tensors: Tensor) -> Sequence[Tensor]:

@@ -120,6 +120,7 @@ class _FusedAdam:
         self.plain = type(optimizer) in (Adam, AdamW) and all(_plain(g) for g in optimizer.param_groups)
         self.columns: list[tuple[list[Tensor], ...]] = []
         self.state: Any = None
+        self.pointers: list[int] = []
 
     def ready(self, found: Sequence[Tensor | None]) -> bool:
         """Whether the kernel can take this step."""
@@ -130,10 +131,12 @@ class _FusedAdam:
         state = self.optimizer.state.get(first)
         if not state:
             return False
-        if state is not self.state:  # the first time, and after load_state_dict
+        pointers = [p.data_ptr() for g in self.optimizer.param_groups for p in g["params"]]
+        if state is not self.state or pointers != self.pointers:  # at first, after load_state_dict or p.data = ...
             if not all(self.optimizer.state.get(p) for g in self.optimizer.param_groups for p in g["params"]):
                 return False  # one had no gradient yet
             self.columns, self.state = [self._column(g) for g in self.optimizer.param_groups], state
+            self.pointers = pointers
             self.optimizer.zero_grad(set_to_none=True)  # gradients are not left there any more
         return True
 

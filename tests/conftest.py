@@ -10,6 +10,7 @@ import matplotlib
 import pytest
 import torch
 
+collect_ignore = ["bench/numpyro_peer.py", "bench/pythae_peer.py"]  # they need packages that the project does not
 matplotlib.use("agg")
 torch.set_num_threads(1)  # workers run side by side; threads that wait for each other's cores are slow
 

@@ -174,7 +174,7 @@ def test_without_a_compiler_it_is_captured_all_the_same(monkeypatch, how):
         with pytest.raises(ValueError, match="compile='require': the graph cannot be compiled"):
             Captured(Engine("require"), [net], net)(x)
     assert engine.describe().startswith("captured, not compiled in ")
-    assert all(not graph.compiled for graph, _ in run.graphs.values())
+    assert all(not ready.graph.compiled for ready in run.graphs.values())
 
 
 def test_notes_are_kept_once():
@@ -384,3 +384,53 @@ def test_a_program_stays_usable_after_it_was_captured(interpreted):
 
 def test_capture_errors_are_no_value_errors():
     assert not issubclass(CaptureError, ValueError)  # which are the user's, and never fallen back from
+
+
+class Lazy(nn.Module):
+    """A layer that keeps a constant once it has made it, as position codes are often kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = None
+
+    def forward(self, x):
+        if self.made is None:
+            self.made = torch.ones(x.shape[-1], device=x.device)
+        return x + self.made
+
+
+def test_what_modules_keep_while_traced_is_taken_back(interpreted):
+    lazy = Lazy()
+    captured = Captured(Engine("require"), [lazy], lambda x: [lazy(x)])
+    for x in (torch.zeros(2, 3), torch.full((2, 3), 4.0)):
+        assert torch.equal(captured(x)[0], x + 1)
+    assert len(interpreted) == 1
+    assert torch.equal(lazy(torch.zeros(3)), torch.ones(3))  # no stand-in was left
+
+
+def test_a_graph_that_cannot_run_is_told_and_left(monkeypatch):
+    class Broken:
+        constants = ()
+        products = ""
+
+        def __call__(self, *tensors):
+            raise TypeError("expected Tensor()")
+
+    monkeypatch.setattr("ppl_vae.capture.capture", lambda *_, **__: Broken())
+    captured = Captured(Engine("auto"), [nn.Linear(2, 2)], lambda x: [x + 1])
+    with pytest.warns(UserWarning, match=r"the graph cannot be run \(TypeError: expected Tensor"):
+        first = captured(torch.zeros(2))[0]
+    assert torch.equal(first, torch.ones(2))
+    assert torch.equal(captured(torch.ones(2))[0], torch.full((2,), 2.0))
+    with pytest.raises(ValueError, match="compile='require': the graph cannot be run"):
+        Captured(Engine("require"), [nn.Linear(2, 2)], lambda x: [x + 1])(torch.zeros(2))
+
+
+def test_parameters_whose_data_were_put_elsewhere_are_found(interpreted):
+    net = nn.Linear(2, 1)
+    captured = Captured(Engine("require"), [net], lambda x: [net(x).detach()])
+    x = torch.ones(3, 2)
+    captured(x)
+    net.weight.data = torch.full((1, 2), 10.0)
+    torch.testing.assert_close(captured(x)[0], net(x).detach())
+    assert len(interpreted) == 1

@@ -75,3 +75,27 @@ def test_what_has_no_gradient_is_refused():
         pv.LogJoint(vae(), compile="off")({"z": torch.zeros(1, 6, 2, dtype=torch.int64)}, pixels(6))
     with pytest.raises(ValueError, match="expected values of"):
         pv.LogJoint(vae(), compile="off")({}, pixels(6))
+
+
+@pytest.mark.parametrize("change", ["assigned", "moved"])
+def test_new_weights_are_seen(change):
+    program, x = vae(), pixels(6)
+    joint = pv.LogJoint(program, compile="require")
+    zero = torch.zeros(1, 6, 2)
+    joint({"z": zero}, x)
+    if change == "assigned":
+        program.load_state_dict(vae(seed=5).state_dict(), assign=True)
+    else:
+        program.double().float()
+        with torch.no_grad():
+            next(program.likelihood.parameters()).add_(1.0)
+    torch.testing.assert_close(joint({"z": zero}, x), pv.LogJoint(program, compile="off")({"z": zero}, x))
+
+
+def test_sites_may_start_at_one_tensor():
+    start, x = torch.zeros(2, 3), torch.zeros(3)
+    joint = pv.LogJoint(TwoLevels(), compile="require")
+    joint({"a": start, "b": start}, x)
+    with seeded(4):
+        moved = {"a": torch.randn(2, 3), "b": torch.randn(2, 3)}
+    torch.testing.assert_close(joint(moved, x), pv.LogJoint(TwoLevels(), compile="off")(moved, x))

@@ -49,6 +49,9 @@ def test_edges_are_the_same():
         assert count == 1
         torch.testing.assert_close(graph(logits, x), log_prob(logits, x))
     graph, _ = rewritten(log_prob, torch.zeros(2, 64), torch.zeros(2, 64))
+    endless = torch.zeros(2, 64).index_fill(1, torch.tensor([5]), torch.inf)
+    assert torch.equal(graph(endless, torch.zeros(2, 64)), torch.full((2,), -torch.inf))  # impossible, not unknown
+    assert torch.equal(graph(-endless, torch.ones(2, 64)), torch.full((2,), -torch.inf))
     broken = torch.zeros(2, 64).index_fill(1, torch.tensor([5]), torch.nan)
     assert graph(broken, torch.zeros(2, 64)).isnan().all()
 

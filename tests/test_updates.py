@@ -235,3 +235,17 @@ def test_a_parameter_that_is_never_used_stays():
     for name in before:
         assert torch.equal(before[name], after[name]) == name.startswith("extra"), name
     assert program.extra.weight.grad is None
+
+
+def test_parameters_whose_data_were_put_elsewhere_go_on_training():
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [torch.optim.Adam([w], lr=0.1, fused=True) for w in weights]
+    pair = as_pair(vae())
+    update = Update("objective", pair, pv.ELBO(), optimizers[0])
+    for step in range(6):
+        update.apply([torch.full((3,), 1.0 + step)])
+        weights[1].grad = torch.full((3,), 1.0 + step)
+        optimizers[1].step()
+        if step == 2:
+            weights[0].data = weights[0].data.clone()
+        assert torch.equal(*weights)
