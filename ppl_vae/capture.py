@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
-from ppl_vae.graphs import CaptureError, Graph, capture
+from ppl_vae.graphs import CaptureError, Graph, capture, first_line
 
 __all__ = ["Captured", "Compile", "Engine", "shapes"]
 
@@ -208,7 +208,7 @@ class Captured:
         try:
             results = found.graph(*found.state(), *arguments)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told, or raised under "require"
-            self.engine.warn(f"the graph cannot be run ({type(error).__name__}: {str(error).splitlines()[0]})")
+            self.engine.warn(f"the graph cannot be run ({type(error).__name__}: {first_line(error)})")
             self.graphs[key] = None
             return self.plain(*arguments)
         found.ran = True

@@ -22,7 +22,7 @@ from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.predictive import guide_means, inspect_shapes, predict
 from ppl_vae.rng import seeded
-from ppl_vae.streaming import Streamed, add_means, add_weights, expected_rows, mean_stderr, weight_stderr
+from ppl_vae.streaming import Add, Streamed, add_means, add_weights, expected_rows, mean_stderr, weight_stderr
 from ppl_vae.traces import KL
 
 __all__ = [
@@ -72,19 +72,35 @@ def log_likelihood(
         ValueError: fewer than one particle or chunk; data that do not suit the pair; a weight that is NaN.
     """
     _positive(particles=particles, chunk=chunk)
+    sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
+    (first, second), how = _summed(
+        program, data, add_weights, (-math.inf, -math.inf), seed=seed, compile=compile, **sizes
+    )
+    ess = (2 * first - second).exp()
+    value, stderr = first - math.log(particles), weight_stderr(ess, particles)
+    return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}", how)
+
+
+def _summed(
+    program: Program | Pair,
+    data: Any,
+    add: Add,
+    start: tuple[float, ...],
+    *,
+    batch_size: int,
+    seed: int,
+    compile: Compile,
+    **sizes: Any,
+) -> tuple[list[Tensor], str]:
+    """Sums over particles of all data, each float64 (N,) on the CPU, and how they were computed."""
     engine = Engine(compile)
     with _judging(program, seed) as pair:
         source = prepare(pair, data, batch_size)
-        rows = expected_rows(source, batch_size)
-        start = (-math.inf, -math.inf)
-        size = batch_size if isinstance(source, Data) else None
-        sizes: dict[str, Any] = {"particles": particles, "chunk": chunk, "batch_size": size, "rows": rows}
-        sums = Streamed(engine, pair, add_weights, start, **sizes)
+        sizes["rows"] = expected_rows(source, batch_size)
+        sizes["batch_size"] = batch_size if isinstance(source, Data) else None
+        sums = Streamed(engine, pair, add, start, **sizes)
         parts = [sums(row, batch) for row, batch in _presented(pair, source, batch_size, seed)]
-    first, second = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    ess = (2 * first - second).exp()
-    value, stderr = first - math.log(particles), weight_stderr(ess, particles)
-    return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}", engine.describe())
+    return [torch.cat(column).cpu() for column in zip(*parts, strict=True)], engine.describe()
 
 
 def presented(pair: Pair, data: Any, batch_size: int, seed: int) -> Iterator[tuple[int, Batch]]:
@@ -139,20 +155,13 @@ def elbo(
         ValueError: fewer than one particle or chunk; data that do not suit the pair; a weight that is NaN.
     """
     _positive(particles=particles, chunk=chunk)
-    engine = Engine(compile)
-    with _judging(program, seed) as pair:
-        source = prepare(pair, data, batch_size)
-        rows = expected_rows(source, batch_size)
-        start = (0.0, 0.0, 0.0, math.nan, 0.0, 0.0)
-        size = batch_size if isinstance(source, Data) else None
-        sizes: dict[str, Any] = {"particles": particles, "chunk": chunk, "batch_size": size, "rows": rows}
-        sums = Streamed(engine, pair, add_means, start, kl=kl, **sizes)
-        parts = [sums(row, batch) for row, batch in _presented(pair, source, batch_size, seed)]
-    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+    sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
+    start = (0.0, 0.0, 0.0, math.nan, 0.0, 0.0)
+    columns, how = _summed(program, data, add_means, start, seed=seed, compile=compile, kl=kl, **sizes)
     value, rate, distortion = (total / particles for total in columns[:3])
     stderr = mean_stderr(columns, particles)
     diagnostics = {"rate": rate, "distortion": distortion}
-    return Estimate(value, stderr, "lower", diagnostics, "ELBO", engine.describe())
+    return Estimate(value, stderr, "lower", diagnostics, "ELBO", how)
 
 
 def active_units(

@@ -22,10 +22,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ppl_vae.products import choose_products
+from ppl_vae.products import DEFAULT, choose_products
 from ppl_vae.rewrites import fewer_logarithms
 
-__all__ = ["CaptureError", "CudaGraph", "Graph", "capture"]
+__all__ = ["CaptureError", "CudaGraph", "Graph", "capture", "first_line"]
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -78,7 +78,7 @@ def capture(function: Function, tensors: Sequence[Tensor], *, compile: bool = Tr
     module = _traced(function, tensors)
     constants = _lifted(module)
     if not compile:
-        return Graph(cast(Function, module), constants, False, "PyTorch's default matrix products")
+        return Graph(cast(Function, module), constants, False, DEFAULT)
     arguments = [*tensors, *constants]
     key = (module.code, tuple(_kind(t) for t in arguments), torch.get_num_threads())
     if key not in _compiled:
@@ -145,9 +145,14 @@ class _StandIns(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.found[id(tensor)][1]
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its type's name, if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _cause(error: Exception) -> str:
     """One line on why a function could not be traced."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = first_line(error)
     reads = ("_local_scalar_dense", "data-dependent", "DataDependent", "nonzero", "Could not guard")
     if any(word in f"{type(error).__name__} {text}" for word in reads):
         return _READS.format(text)
@@ -185,7 +190,7 @@ def _compile(module: GraphModule, arguments: list[Tensor]) -> tuple[Function, st
         from torch._inductor import config
 
     options: dict[str, Any] = {"fallback_random": True}  # the same draws as without compilation
-    products = "PyTorch's default matrix products"
+    products = DEFAULT
     try:
         if all(t.device.type == "cpu" for t in arguments):
             products = choose_products(module)
@@ -196,8 +201,8 @@ def _compile(module: GraphModule, arguments: list[Tensor]) -> tuple[Function, st
             apart: list[Any] = [t.detach() for t in arguments]
             run = torch._inductor.standalone_compile(module, apart, dynamic_shapes="from_example_inputs")
     except Exception as error:
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise CaptureError(f"the graph cannot be compiled ({type(error).__name__}: {text[:200]})") from error
+        cause = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise CaptureError(f"the graph cannot be compiled ({cause})") from error
     return cast(Function, run), products
 
 

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vae.files import write_whole
 
-__all__ = ["Bfloat16Products", "choose_products"]
+__all__ = ["DEFAULT", "Bfloat16Products", "choose_products"]
 
 aten = torch.ops.aten
-Operands = tuple[Tensor, Tensor, Tensor | None]  # of a @ b + bias
+DEFAULT = "PyTorch's default matrix products"
 
 MARGIN = 0.97  # oneDNN must take less than this share of the other's time: a tie keeps PyTorch's own choice
 SECONDS = 0.02  # for timing each library on each product
@@ -83,7 +83,7 @@ def choose_products(graph: GraphModule) -> str:
     """
     products = [n for n in graph.graph.nodes if n.op == "call_function" and _operands(n) is not None]
     if not products or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return "PyTorch's default matrix products"
+        return DEFAULT
     known = _Measured()
     chosen = [n for n in products if known.faster(n)]
     known.save()

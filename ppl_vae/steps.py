@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ppl_vae.batches import Data, Source
 from ppl_vae.capture import Captured, Compile, Engine, shapes
-from ppl_vae.graphs import CudaGraph
+from ppl_vae.graphs import CudaGraph, first_line
 from ppl_vae.pairs import Batch
 from ppl_vae.transforms import Transform
 from ppl_vae.updates import Update, gradients
@@ -195,7 +195,7 @@ class Stepper:
             with rates.on_device():
                 replay = self.replays[key] = CudaGraph(self.step, item)
         except RuntimeError as error:
-            self.engine.warn(f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})")
+            self.engine.warn(f"the step cannot be recorded as a CUDA graph ({first_line(error)})")
             rates.capturable = False
             return self.step(*item)
         return replay(*item)

@@ -13,7 +13,7 @@ from ppl_vae.capture import Captured, Engine
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.traces import KL, LogTerms, log_terms
 
-__all__ = ["Streamed", "add_means", "add_weights", "expected_rows", "mean_stderr", "weight_stderr"]
+__all__ = ["Add", "Streamed", "add_means", "add_weights", "expected_rows", "mean_stderr", "weight_stderr"]
 
 Add = Callable[[Sequence[Tensor], LogTerms, Tensor], Sequence[Tensor]]
 

@@ -186,6 +186,13 @@ def test_hooks_of_an_optimizer_are_called_at_every_step(kind):
     assert len(calls) == 3
 
 
+def by_itself(optimizer, parameters, found):
+    """The optimizer's own step along given gradients."""
+    for p, g in zip(parameters, found, strict=True):
+        p.grad = g
+    optimizer.step()
+
+
 def test_the_optimizer_can_go_on_by_itself_at_any_time():
     mine, yours = some(), some()
     optimizer, reference = ADAMS["adam"](mine), ADAMS["adam"](yours)
@@ -193,14 +200,10 @@ def test_the_optimizer_can_go_on_by_itself_at_any_time():
     for step in range(6):
         found = [torch.full_like(p, step - 2.5) for p in mine]
         if step % 2:
-            for p, g in zip(mine, found, strict=True):
-                p.grad = g
-            optimizer.step()
+            by_itself(optimizer, mine, found)
         else:
             ours.apply(found)
-        for p, g in zip(yours, found, strict=True):
-            p.grad = g
-        reference.step()
+        by_itself(reference, yours, found)
     assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
     identical(state_of(optimizer), state_of(reference))
 
@@ -216,9 +219,7 @@ def test_parameters_that_have_a_gradient_at_times_only(first, late):
         if step < first:
             found[late(step)] = None
         ours.apply(found)
-        for p, g in zip(yours, found, strict=True):
-            p.grad = g
-        reference.step()
+        by_itself(reference, yours, found)
         assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
     identical(state_of(optimizer), state_of(reference))
 
