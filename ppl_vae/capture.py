@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
-from ppl_vae.graphs import CaptureError, Graph, capture, first_line
+from ppl_vae.graphs import CaptureError, CompileError, Graph, capture, capturing, first_line, kind, text
 
-__all__ = ["Captured", "Compile", "Engine", "shapes"]
+__all__ = ["Captured", "Compile", "Engine"]
 
 Compile = Literal["auto", "require", "off"]
 Call = Callable[..., Sequence[Tensor]]
 
 WORTH = 1000  # runs of one shape from which compiling is earned back, some seconds at some milliseconds each
-MOST = 8  # graphs of one function: beyond them its shapes are taken to change for ever
+MOST = 8  # graphs of one function: beyond them, what they are made for is taken to change for ever
+UNCAPTURED = "it runs uncaptured, at a half to a quarter of the speed"
+PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class Engine:
@@ -52,53 +54,40 @@ class Engine:
         """Whether to capture what will run so often."""
         return self.compile == "require" or (self.compile == "auto" and uses >= WORTH)
 
-    def capture(
-        self, function: Call, tensors: Sequence[Tensor], obstacle: str | None = None, *, noted: bool = True
-    ) -> Graph | None:
+    def capture(self, function: Call, tensors: Sequence[Tensor], obstacle: str | None) -> tuple[Graph | None, str]:
         """Capture and compile; failing that, under "auto", capture only; failing that, None.
+
+        Returns:
+            The graph, and what became of it, in one line.
 
         Raises:
             ValueError: it cannot be, under "require".
         """
-        start = time.perf_counter()
-        graph: Graph | None
+        start, how = time.perf_counter(), "compiled"
         try:
             if obstacle:
                 raise CaptureError(obstacle)
-            graph, how = capture(function, tensors), "compiled"
+            try:
+                graph = capture(function, tensors)
+            except CompileError as error:
+                self.warn(str(error), "it runs captured but not compiled, at about two thirds of the speed", error)
+                graph, how = capture(function, tensors, compile=False), "captured, not compiled"
         except CaptureError as error:
-            graph, how = self.without(function, tensors, error, obstacle)
-        if graph is not None and noted:
-            self.note(f"{how} in {time.perf_counter() - start:.1f} s, {graph.products}")
-        return graph
+            self.warn(str(error), UNCAPTURED, error)
+            return None, f"eager: {error}"
+        return graph, f"{how} in {time.perf_counter() - start:.1f} s, {graph.products}"
 
-    def without(
-        self, function: Call, tensors: Sequence[Tensor], error: CaptureError, obstacle: str | None
-    ) -> tuple[Graph | None, str]:
-        """What is left when compiling has failed: the graph interpreted, or nothing."""
-        if self.compile == "require":
-            raise ValueError(f"compile='require': {error}") from error
-        try:
-            if obstacle:
-                raise error
-            graph = capture(function, tensors, compile=False)
-        except CaptureError as cause:
-            self.warn(f"{cause}; it runs uncaptured, at a half to a quarter of the speed")
-            self.note(f"eager: {cause}")
-            return None, ""
-        self.warn(f"{error}; it runs captured but not compiled, at about two thirds of the speed")
-        return graph, "captured, not compiled"
-
-    def warn(self, what: str) -> None:
-        """Warn, once for all that this engine runs; under "require", raise.
+    def warn(self, what: str, instead: str = UNCAPTURED, error: Exception | None = None) -> None:
+        """Warn of a failure, once for all that this engine runs, and say what is done instead; or raise.
 
         Raises:
             ValueError: under "require".
         """
         if self.compile == "require":
-            raise ValueError(f"compile='require': {what}")
+            raise ValueError(f"compile='require': {what}") from error
         if not self.warned:
-            warnings.warn(f"compile='auto': {what}; compile='off' silences this", stacklevel=6)
+            message = f"compile='auto': {what}; {instead}; compile='off' silences this"
+            warnings.warn(message, stacklevel=6)
         self.warned = True
 
     def note(self, what: str) -> None:
@@ -125,6 +114,20 @@ class _Together(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """All parameters and buffers, each once."""
         return dict(self.named_parameters()) | dict(self.named_buffers())
+
+    def held(self) -> Iterator[tuple[nn.Module, str, Any]]:
+        """What a graph holds fixed of all modules: modes, numbers in attributes, which parameters are trained."""
+        parts, seen = [*self.parts], set[int]()
+        for part in parts:  # it grows
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            for name, value in part.__dict__.items():
+                if type(value) in PLAIN:
+                    yield part, name, value
+            for name, parameter in part._parameters.items():
+                yield part, name, parameter is not None and parameter.requires_grad
+            parts.extend(child for child in part._modules.values() if child is not None)
 
 
 class _Ready:
@@ -163,7 +166,8 @@ class Captured:
 
     Args:
         engine: how to run.
-        modules: whose parameters and buffers it uses; while it is in use, these stay where they are.
+        modules: whose parameters and buffers it uses; while it is in use, these stay where they are. Where a
+            number in an attribute, a mode or a parameter's ``requires_grad`` changes, it is captured anew.
         function: of tensors, returning a sequence of tensors.
         uses: arguments -> how often such shapes are expected.
         obstacle: why it cannot be captured, where that is known beforehand.
@@ -183,6 +187,8 @@ class Captured:
         self.obstacle, self.noted = obstacle, noted
         self.holder = _Together(modules, function)
         self.graphs: dict[tuple[Any, ...], _Ready | None] = {}
+        self.held: list[tuple[nn.Module, str, Any]] = []  # by modules, when the latest graph was made
+        self.given_up = False
         self.running: tuple[Any, ...] = ()  # the key of the arguments at hand
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
@@ -190,12 +196,14 @@ class Captured:
         return self.run(self.key(arguments), arguments)
 
     def key(self, arguments: Sequence[Tensor]) -> tuple[Any, ...]:
-        """What a graph is made for: shapes, strides and types, and the modules' modes."""
-        return (*shapes(arguments), *[module.training for module in self.modules])
+        """What a graph is made for: shapes, strides, types and devices, and what modules hold."""
+        return (*map(kind, arguments), *[value for _, _, value in self.holder.held()])
 
     def run(self, key: tuple[Any, ...], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """Run the function on arguments that have this key."""
         self.running = key
+        if capturing():  # part of a larger function, and of its graph
+            return self.plain(*arguments)
         found = self.graphs[key] if key in self.graphs else self.graph(key, arguments)
         if found is None:
             return self.plain(*arguments)
@@ -220,18 +228,73 @@ class Captured:
 
     def graph(self, key: tuple[Any, ...], arguments: Sequence[Tensor]) -> _Ready | None:
         """A new graph and the tensors of the modules that it takes; None where the function runs as it is."""
-        if not self.engine.wants(self.uses(*arguments)):
+        if self.given_up or not self.engine.wants(self.uses(*arguments)):
             return None
         if len(self.graphs) == MOST:
-            self.engine.warn(f"the shapes of batches keep changing, and no more than {MOST} are captured")
+            if what := self.differing():
+                self.give_up(f"{what} changed again, and has had {MOST} graphs captured")
+            else:
+                self.engine.warn(f"the shapes of batches keep changing, and no more than {MOST} are captured")
             return None
-        self.graphs[key] = self.made(arguments)
-        return self.graphs[key]
+        found = self.made(arguments)
+        if self.key(arguments) != key:  # the program changes what it holds: once, as caches do, or at every run
+            found = self.made(arguments)
+            if what := self.differing():
+                self.give_up(f"running the program changes {what}")
+                return None
+        self.graphs[self.key(arguments)] = found
+        return found
 
     def made(self, arguments: Sequence[Tensor]) -> _Ready | None:
         """Capture the function for such arguments."""
+        self.held = [*self.holder.held()]
+        own, pure = self.pure(arguments)
+        with _clean(self.holder):
+            graph, how = self.engine.capture(pure, [*(t.detach() for t in own), *arguments], self.obstacle)
+        if self.noted:
+            self.engine.note(how)
+        return None if graph is None else _Ready(graph, own)
+
+    def differing(self) -> str:
+        """What modules hold otherwise than when the latest graph was made: the first such name."""
+        pairs = zip(self.held, self.holder.held(), strict=False)
+        names = (f"{type(now[0]).__name__}.{now[1]}" for then, now in pairs if then[1:] != now[1:])
+        return next(names, "")
+
+    def give_up(self, why: str) -> None:
+        """From now on, run the function as it is.
+
+        Raises:
+            ValueError: under "require".
+        """
+        self.given_up, self.graphs = True, {}
+        if self.noted:
+            self.engine.notes[:] = [f"eager: {why}"]
+        self.engine.warn(f"{why}; keep what changes in a tensor, such as a buffer")
+
+    def recheck(self, arguments: Sequence[Tensor]) -> bool:
+        """Whether the function still is what was captured; if not, warn, and from now on run it as it is.
+
+        What modules hold is looked at before every run. This sees the rest, by tracing again: Python numbers that
+        are global or closed over, lists, and whatever else decides what a program computes.
+
+        Raises:
+            ValueError: it is not, under "require".
+        """
+        self.running = self.key(arguments)
+        found = self.graphs.get(self.running)
+        if found is None:
+            return True
+        own, pure = self.pure(arguments)
+        with _clean(self.holder):
+            same = text(pure, [*(t.detach() for t in own), *arguments]) == found.graph.text
+        if not same:
+            self.give_up("the program computes other things than at first")
+        return same
+
+    def pure(self, arguments: Sequence[Tensor]) -> tuple[list[Tensor], Call]:
+        """The modules' tensors, and the function as one of them and of such arguments."""
         own = self.holder.state()
-        state = [t.detach() for t in own.values()]
         buffers = [name for name, _ in self.holder.named_buffers()]
 
         def pure(*tensors: Tensor) -> Sequence[Tensor]:
@@ -243,16 +306,9 @@ class Captured:
                     buffer.copy_(inside[name].detach())
             return results
 
-        with _clean(self.holder):
-            graph = self.engine.capture(pure, [*state, *arguments], self.obstacle, noted=self.noted)
-        return None if graph is None else _Ready(graph, [*own.values()])
+        return [*own.values()], pure
 
     def outputs(self, state: dict[str, Tensor], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """The function's results with other tensors in place of the modules' own; ``state`` is what they leave."""
         results: Sequence[Tensor] = functional_call(self.holder, state, tuple(arguments))
         return results
-
-
-def shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What a graph is made for."""
-    return tuple((t.shape, t.stride(), t.dtype) for t in tensors)

@@ -10,28 +10,45 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ppl_vae.products import DEFAULT, choose_products
-from ppl_vae.rewrites import fewer_logarithms
+from ppl_vae.rewrites import draws_in_order, fewer_logarithms, quicker_tanh
 
-__all__ = ["CaptureError", "CudaGraph", "Graph", "capture", "first_line"]
+__all__ = [
+    "CaptureError",
+    "CompileError",
+    "CudaGraph",
+    "Graph",
+    "capture",
+    "capturing",
+    "first_line",
+    "kind",
+    "text",
+]
 
 Function = Callable[..., Sequence[Tensor]]
 
 
 class CaptureError(RuntimeError):
-    """A function cannot be captured, or its graph not be compiled; the message tells the cause in one line."""
+    """A function cannot be captured; the message tells the cause in one line."""
+
+
+class CompileError(CaptureError):
+    """A function can be captured, but its graph not be compiled."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +61,14 @@ class Graph:
             into one of them is seen by the next run.
         compiled: whether it was compiled; else it is interpreted.
         products: which library computes its matrix products.
+        text: its operations, as `text` gives them.
     """
 
     run: Function
     constants: tuple[Tensor, ...]
     compiled: bool
     products: str
+    text: str
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Run the graph; what the function wrote in place is written in place."""
@@ -61,8 +80,7 @@ def capture(function: Function, tensors: Sequence[Tensor], *, compile: bool = Tr
     """Capture a function of tensors.
 
     It is traced once on stand-ins without data, so no number is drawn and nothing is written. Random numbers are
-    drawn anew at every run, from torch's default generators, and with PyTorch 2.15 or newer in the same order as
-    by the function itself.
+    drawn anew at every run, from torch's default generators, in the same order as by the function itself.
     What is no tensor (a float attribute, a Python branch, the number of particles) becomes part of the graph.
 
     Args:
@@ -72,22 +90,42 @@ def capture(function: Function, tensors: Sequence[Tensor], *, compile: bool = Tr
             on disk.
 
     Raises:
-        CaptureError: the function reads numbers back from tensors, or there is no working compiler.
+        CaptureError: the function reads numbers back from tensors.
+        CompileError: there is no working compiler, or it fails.
         ValueError: raised by the function itself.
     """
+    if compile and any(t.device.type == "cpu" for t in tensors):
+        _probing()
     module = _traced(function, tensors)
     constants = _lifted(module)
+    code = module.code
     if not compile:
-        return Graph(cast(Function, module), constants, False, DEFAULT)
+        return Graph(cast(Function, module), constants, False, DEFAULT, code)
     arguments = [*tensors, *constants]
-    key = (module.code, tuple(_kind(t) for t in arguments), torch.get_num_threads())
+    key = (code, tuple(kind(t) for t in arguments), torch.get_num_threads())
     if key not in _compiled:
         _compiled[key] = _compile(module, arguments)
         while len(_compiled) > 64:
             _compiled.popitem(last=False)
     _compiled.move_to_end(key)
     run, products = _compiled[key]
-    return Graph(run, constants, True, products)
+    return Graph(run, constants, True, products, code)
+
+
+def text(function: Function, tensors: Sequence[Tensor]) -> str:
+    """The operations that a function performs now, as code; equal texts are equal graphs.
+
+    Raises:
+        CaptureError, ValueError: as by `capture`.
+    """
+    module = _traced(function, tensors)
+    _lifted(module)
+    return module.code
+
+
+def capturing() -> bool:
+    """Whether a function is being traced at this moment: what runs now sees stand-ins."""
+    return get_proxy_mode() is not None
 
 
 # A program is traced anew whenever it is captured, since its Python may have changed; what is compiled already,
@@ -97,13 +135,14 @@ _compiled: OrderedDict[tuple[Any, ...], tuple[Function, str]] = OrderedDict()
 
 def _traced(function: Function, tensors: Sequence[Tensor]) -> GraphModule:
     def inside(*given: Tensor) -> Sequence[Tensor]:
-        with _StandIns():
+        with _StandIns(), _NoReading():
             return function(*given)
 
     apart = [t.detach() for t in tensors]  # one tensor given twice is two arguments all the same
     try:
-        module = make_fx(inside, tracing_mode="fake", _allow_non_fake_inputs=True)(*apart)
-    except ValueError:
+        with _without_onednn():
+            module = make_fx(inside, tracing_mode="fake", _allow_non_fake_inputs=True)(*apart)
+    except (ValueError, CaptureError):
         raise
     except Exception as error:
         raise CaptureError(_cause(error)) from error
@@ -114,6 +153,17 @@ def _traced(function: Function, tensors: Sequence[Tensor]) -> GraphModule:
         if any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in sizes):
             raise CaptureError(_READS.format(node.target))
     return module
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Without oneDNN, an LSTM is traced as what it is made of; oneDNN's own does not run in a graph."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 _READS = "it reads a number back from a tensor, or its shapes depend on values ({})"
@@ -145,6 +195,19 @@ class _StandIns(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.found[id(tensor)][1]
 
 
+class _NoReading(TorchFunctionMode):
+    """While tracing, refuses to read numbers out of real tensors without an operation that could be seen."""
+
+    reading = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.reading and not isinstance(args[0], FakeTensor):
+            raise CaptureError(_READS.format(f"Tensor.{func.__name__}"))
+        return func(*args, **(kwargs or {}))
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line; its type's name, if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -153,7 +216,7 @@ def first_line(error: Exception) -> str:
 def _cause(error: Exception) -> str:
     """One line on why a function could not be traced."""
     text = first_line(error)
-    reads = ("_local_scalar_dense", "data-dependent", "DataDependent", "nonzero", "Could not guard")
+    reads = ("_local_scalar_dense", "data-dependent", "DataDependent", "nonzero", "not guard", ".numpy()")
     if any(word in f"{type(error).__name__} {text}" for word in reads):
         return _READS.format(text)
     return f"{type(error).__name__}: {text}"
@@ -179,8 +242,28 @@ def _lifted(module: GraphModule) -> tuple[Tensor, ...]:
     return tuple(constants)
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+def kind(tensor: Tensor) -> tuple[Any, ...]:
+    """What a graph is made for."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+@cache
+def _probing() -> ThreadPoolExecutor:
+    """Have inductor try the processor's vector instructions, all at once and while a program is traced.
+
+    For each kind it compiles and loads a test, which takes seconds the first time; left to itself, one after the
+    other.
+    """
+    with _quiet():
+        from torch._inductor import cpu_vec_isa
+        from torch.utils import cpp_extension  # noqa: F401 - the threads want it, and it tells of GPUs not found
+
+    pool = ThreadPoolExecutor()
+    has = cpu_vec_isa.x86_isa_checker()
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        if all(flag in has for flag in str(isa).split()):
+            pool.submit(bool, isa)
+    return pool
 
 
 def _compile(module: GraphModule, arguments: list[Tensor]) -> tuple[Function, str]:
@@ -189,12 +272,17 @@ def _compile(module: GraphModule, arguments: list[Tensor]) -> tuple[Function, st
         import torch._inductor
         from torch._inductor import config
 
+        ordered = draws_in_order()
     options: dict[str, Any] = {"fallback_random": True}  # the same draws as without compilation
+    if ordered is not None:
+        options |= {"post_grad_custom_post_pass": ordered, "reorder_for_locality": False}
     products = DEFAULT
     try:
         if all(t.device.type == "cpu" for t in arguments):
+            _probing().shutdown()  # which waits: what is timed next must be alone
             products = choose_products(module)
             fewer_logarithms(module)
+            quicker_tanh(module)
             # Weights change at every step, and with them would their copies in another layout.
             options["layout_optimization"] = False
         with _quiet(), config.patch(options), torch.no_grad():
@@ -202,7 +290,7 @@ def _compile(module: GraphModule, arguments: list[Tensor]) -> tuple[Function, st
             run = torch._inductor.standalone_compile(module, apart, dynamic_shapes="from_example_inputs")
     except Exception as error:
         cause = f"{type(error).__name__}: {first_line(error)[:200]}"
-        raise CaptureError(f"the graph cannot be compiled ({cause})") from error
+        raise CompileError(f"the graph cannot be compiled ({cause})") from error
     return cast(Function, run), products
 
 

@@ -151,6 +151,9 @@ class Loop:
         self.first, total, count, pending = run.step, 0.0, 0, Pending()
         for item in self.train.epoch(self.seed, run.epoch):
             self.call("on_step")
+            if (run.epoch, run.step) == (1, self.first):  # what hooks change every epoch has been changed once
+                for stepper in self.steppers:
+                    stepper.recheck(item)
             values = [stepper(item) for stepper in self.steppers]
             pending.add(values[0], len(item[0]))
             run.step += 1

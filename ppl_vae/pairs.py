@@ -18,6 +18,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
+from ppl_vae.graphs import capturing
+
 __all__ = ["Batch", "Pair", "Program", "as_pair", "evaluating"]
 
 Batch = tuple[Tensor, ...]
@@ -49,7 +51,7 @@ class _OwnParams(Messenger):  # type: ignore[misc]
         name: str = msg["name"]
         init = msg["args"][1] if len(msg["args"]) > 1 else None
         constraint = msg["kwargs"].get("constraint", constraints.real)
-        live = isinstance(init, nn.Parameter) or (torch.is_tensor(init) and name in self.pair.known)
+        live = isinstance(init, nn.Parameter) or (torch.is_tensor(init) and self.stands_in(name, init))
         if live and constraint is constraints.real:
             # A module's own parameter, used where it lives; under functional_call, what stands in for it.
             if isinstance(init, nn.Parameter):
@@ -60,6 +62,11 @@ class _OwnParams(Messenger):  # type: ignore[misc]
         else:
             return  # a PyroModule's constrained parameter: Pyro answers, `_pyro_post_param` adopts
         msg["done"] = True
+
+    def stands_in(self, name: str, init: Tensor) -> bool:
+        """Whether a tensor stands in for a parameter of a module, perhaps one that was frozen up to now."""
+        thawed = capturing() and init.requires_grad and name not in self.pair.constraints
+        return name in self.pair.known or thawed
 
     def _pyro_post_param(self, msg: dict[str, Any]) -> None:
         unconstrained = getattr(msg["value"], "unconstrained", None)

@@ -157,7 +157,7 @@ class _Measured:
         if self.new:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(_read(self.path) | self.answers, indent=0)
+                text = json.dumps(self.answers | _read(self.path), indent=0)
                 write_whole(self.path, lambda file: file.write_text(text))
             except (OSError, ValueError):  # nowhere to write: every process measures anew
                 return
@@ -192,8 +192,9 @@ def _text(path: str) -> str:
 
 
 def _machine() -> str:
-    """What an answer holds for: processor, torch, threads."""
-    return f"{_processor()} torch {torch.__version__} threads {torch.get_num_threads()}"
+    """What an answer holds for: processor, torch, threads, and how exact products are asked to be."""
+    exact = f"{torch.get_float32_matmul_precision()} {torch.are_deterministic_algorithms_enabled()}"
+    return f"{_processor()} torch {torch.__version__} threads {torch.get_num_threads()} {exact}"
 
 
 def _like(value: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ppl_vae.batches import Data, Source
-from ppl_vae.capture import Captured, Compile, Engine, shapes
-from ppl_vae.graphs import CudaGraph, first_line
+from ppl_vae.capture import Captured, Compile, Engine
+from ppl_vae.graphs import CudaGraph, first_line, kind
 from ppl_vae.pairs import Batch
 from ppl_vae.transforms import Transform
 from ppl_vae.updates import Update, gradients
@@ -82,10 +82,11 @@ class Feed(Given):
         if isinstance(self.source, Data):
             full, rest = divmod(len(self.source), self.size)
             return self.epochs * (full if len(arguments[-1]) == self.size else bool(rest))
-        self.seen[shapes(arguments)] += 1
+        shapes = tuple(map(kind, arguments))
+        self.seen[shapes] += 1
         steps = self.source.steps(self.size)
         expected = math.inf if steps is None else self.epochs * steps
-        return expected if self.seen[shapes(arguments)] >= OFTEN else 0
+        return expected if self.seen[shapes] >= OFTEN else 0
 
 
 def _gathered_inside(data: Data) -> bool:
@@ -105,9 +106,11 @@ class _Gradients(Captured):
         obstacle = update.objective.obstacle(update.pair)
         super().__init__(engine, [update.pair, update.objective], value, feed.uses, obstacle)
         self.update = update
-        names = {id(p): name for name, p in self.holder.named_parameters()}
-        self.names = [names[id(p)] for p in update.parameters]
         self.used: dict[Any, list[bool]] = {}
+
+    def key(self, arguments: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What a graph is made for; groups of parameters may come to an optimizer later."""
+        return (*super().key(arguments), *[len(g["params"]) for g in self.update.optimizer.param_groups])
 
     def plain(self, *arguments: Tensor) -> Sequence[Tensor]:
         """The value and the gradients at the parameters themselves."""
@@ -117,14 +120,14 @@ class _Gradients(Captured):
 
     def outputs(self, state: dict[str, Tensor], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """The value and the gradients at other tensors than the parameters."""
-        leaves = {name: state[name].detach().requires_grad_() for name in self.names}
+        names, parameters = {id(p): name for name, p in self.holder.named_parameters()}, self.update.parameters
+        leaves = {names[id(p)]: state[names[id(p)]].detach().requires_grad_(p.requires_grad) for p in parameters}
         state |= leaves
         with self.update.products():
             (value,) = super().outputs(state, arguments)
             # A net that a plain function closes over is out of reach: it goes on using its own parameters, which
             # the graph has as constants where they live.
-            places = [leaves[name] for name in self.names], self.update.parameters
-            return self.found(value, *places)
+            return self.found(value, [*leaves.values()], parameters)
 
     def found(self, value: Tensor, *places: Sequence[Tensor]) -> Sequence[Tensor]:
         """The value and its gradients, each parameter's at the one of its places that the value depends on."""
@@ -180,9 +183,18 @@ class Stepper:
         """Take the step without replaying it."""
         return self.gradients.step(*self.feed.columns, *item)
 
+    def recheck(self, item: Batch) -> None:
+        """Give up a graph whose program has come to compute other things meanwhile, with a warning.
+
+        Raises:
+            ValueError: there is such a one, under "require".
+        """
+        if not self.gradients.recheck((*self.feed.columns, *item)):
+            self.replays.clear()
+
     def replayed(self, rates: _Rates, item: Batch) -> Tensor:
         """Take the step as one launch; the first three of a shape warm up what cannot be recorded."""
-        key = shapes(item)
+        key = self.gradients.key(item)
         seen = self.replays.get(key, 0)
         if not rates.follow():
             return self.step(*item)

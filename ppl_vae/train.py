@@ -92,9 +92,8 @@ def fit(
         report_every: steps between two readings of the losses; between them nothing waits for the device.
         compile: "auto" captures the step as one graph and compiles it where a run is long enough to earn that
             back (1,000 steps), and where it cannot be, warns and goes on without; "require" always captures, and
-            raises where that cannot be; "off" never does. Numbers are the same up to rounding. What is captured
-            is the step as it is at first: Python that changes later, such as a float attribute of the program,
-            is not seen; keep what changes in tensors.
+            raises where that cannot be; "off" never does. Numbers are the same up to rounding. Keep what changes
+            while training in tensors: a Python number is part of the graph, and another one asks for another.
         precision: "float32", or "bf16" for matrix products and convolutions of training steps in bfloat16:
             faster where the processor has them, at some thousandths of relative error in each product.
 

@@ -49,8 +49,12 @@ class Update:
             raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
         self.name, self.pair, self.objective = name, pair, objective
         self.optimizer, self.clip_norm, self.precision = optimizer, clip_norm, precision
-        self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._adam = _FusedAdam(optimizer)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The optimizer's parameters, in its order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def value(self, *batch: Tensor) -> Tensor:
         """The mean objective over a batch, a scalar with gradients."""
@@ -81,15 +85,18 @@ class Update:
 def gradients(
     value: Tensor, places: Sequence[Sequence[Tensor]], clip_norm: float | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """A value, detached, and the gradients of its negative: None for parameters that it does not depend on.
+    """A value, detached, and the gradients of its negative, None where there is none.
+
+    A parameter has none that the value does not depend on, or that is frozen (``requires_grad`` unset).
 
     Args:
         value: scalar to be maximised.
         places: lists of parameters; where there are several, what stands at the same position is one parameter.
         clip_norm: largest norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` has it.
     """
-    parts = torch.autograd.grad(-value, [p for place in places for p in place], allow_unused=True)
-    by_place = [parts[i : i + len(places[0])] for i in range(0, len(parts), len(places[0]))]
+    wanted = [p for place in places for p in place if p.requires_grad]
+    parts = iter(torch.autograd.grad(-value, wanted, allow_unused=True) if value.requires_grad else ())
+    by_place = [[next(parts, None) if p.requires_grad else None for p in place] for place in places]
     found = [_sum([g for g in same if g is not None]) for same in zip(*by_place, strict=True)]
     if clip_norm is not None:
         norm = nn.utils.get_total_norm([g for g in found if g is not None], foreach=True)
@@ -117,28 +124,29 @@ class _FusedAdam:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.plain = type(optimizer) in (Adam, AdamW) and all(_plain(g) for g in optimizer.param_groups)
+        self.plain = False
         self.columns: list[tuple[list[Tensor], ...]] = []
         self.state: Any = None
         self.pointers: list[int] = []
 
     def ready(self, found: Sequence[Tensor | None]) -> bool:
         """Whether the kernel can take this step."""
-        hooks = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
-        if not self.plain or hooks or any(g is None for g in found):
+        optimizer = self.optimizer
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        state = optimizer.state.get(optimizer.param_groups[0]["params"][0])
+        if not state or hooks or any(g is None for g in found):
             return False
-        first = self.optimizer.param_groups[0]["params"][0]
-        state = self.optimizer.state.get(first)
-        if not state:
-            return False
-        pointers = [p.data_ptr() for g in self.optimizer.param_groups for p in g["params"]]
-        if state is not self.state or pointers != self.pointers:  # at first, after load_state_dict or p.data = ...
-            if not all(self.optimizer.state.get(p) for g in self.optimizer.param_groups for p in g["params"]):
+        pointers = [p.data_ptr() for g in optimizer.param_groups for p in g["params"]]
+        # At first; after load_state_dict, p.data = ... or add_param_group.
+        if state is not self.state or pointers != self.pointers:
+            if not all(optimizer.state.get(p) for g in optimizer.param_groups for p in g["params"]):
                 return False  # one had no gradient yet
-            self.columns, self.state = [self._column(g) for g in self.optimizer.param_groups], state
-            self.pointers = pointers
-            self.optimizer.zero_grad(set_to_none=True)  # gradients are not left there any more
-        return True
+            self.plain = type(optimizer) in (Adam, AdamW) and all(_plain(g) for g in optimizer.param_groups)
+            self.columns = [self._column(g) for g in optimizer.param_groups] if self.plain else []
+            self.state, self.pointers = state, pointers
+            if self.plain:
+                optimizer.zero_grad(set_to_none=True)  # gradients are not left there any more
+        return self.plain
 
     def _column(self, group: dict[str, Any]) -> tuple[list[Tensor], ...]:
         states = [self.optimizer.state[p] for p in group["params"]]

@@ -1,0 +1,216 @@
+"""What changes while graphs are in use, and is no tensor: seen and captured anew, or told and given up."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from small import fit, pixels, same, vae, weights
+from torch import nn
+
+import ppl_vae as pv
+from ppl_vae import capture
+from ppl_vae.capture import Captured, Engine
+from ppl_vae.rng import seeded
+
+X = pixels(48)
+adam = partial(torch.optim.Adam, lr=1e-2, fused=True)
+sgd = partial(torch.optim.SGD, lr=1e-3)
+FACTOR = [1.0]
+
+
+class Scaled(nn.Module):
+    """A net around a net: a number in an attribute, one in a list, a layer with modes."""
+
+    def __init__(self, inner, *, counts=False, caches=False):
+        super().__init__()
+        self.inner, self.dropout, self.factor = inner, nn.Dropout(0.5), 1.0
+        self.counts, self.caches, self.calls, self.size = counts, caches, 0, None
+
+    def forward(self, x):
+        if self.counts:
+            self.calls += 1
+        if self.caches and self.size is None:
+            self.size = x.shape[-1]
+        return self.inner(self.dropout(x)) * self.factor * FACTOR[0]
+
+
+def program(**options):
+    made = vae()
+    made.likelihood.net = Scaled(made.likelihood.net, **options)
+    return made
+
+
+class At(pv.Hook):
+    """Does something to the program at some steps."""
+
+    def __init__(self, what, *steps):
+        self.what, self.steps = what, steps
+
+    def on_step(self, run):
+        if run.step in self.steps:
+            self.what(run)
+
+
+def net(run):
+    return run.pair.program.likelihood.net
+
+
+def anneal(run):
+    net(run).factor *= 0.5
+
+
+def freeze(run):
+    for parameter in run.pair.program.posterior.parameters():
+        parameter.requires_grad_(False)
+
+
+def settle(run):
+    net(run).dropout.eval()
+
+
+def trained(how, hook, make=program, epochs=3, **options):
+    """The history, the weights and the run of 3 epochs of 3 steps."""
+    made = make()
+    run = fit(made, X, epochs=epochs, batch_size=16, compile=how, hooks=[hook], **options)
+    return [row["train"] for row in run.history], weights(made), run
+
+
+def agree(ours, theirs):
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-4)
+    for name in theirs[1]:
+        torch.testing.assert_close(ours[1][name], theirs[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [adam, sgd], ids=["adam", "sgd"])
+@pytest.mark.parametrize("change", [anneal, freeze, settle])
+@pytest.mark.filterwarnings("ignore:.*not registered in the param store because requires_grad=False")
+def test_what_hooks_change_is_seen(interpreted, change, optimizer):
+    plain = trained("off", At(change, 4), optimizer=optimizer)
+    agree(trained("require", At(change, 4), optimizer=optimizer), plain)
+    assert len(interpreted) == 2
+    never = trained("off", At(change), optimizer=optimizer)
+    assert plain[0][0] == never[0][0]
+    assert not same(plain[1], never[1])
+
+
+@pytest.mark.parametrize("optimizer", [adam, sgd], ids=["adam", "sgd"])
+def test_parameters_that_an_optimizer_is_given_later_are_trained(interpreted, optimizer):
+    """As layers are thawed one after the other."""
+
+    def make():
+        made = program()
+        made.posterior.requires_grad_(False)
+        return made
+
+    def thaw(run):
+        late = [*run.pair.program.posterior.parameters()]
+        for parameter in late:
+            parameter.requires_grad_(True)
+        run.updates[0].optimizer.add_param_group({"params": late})
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*not registered in the param store because requires_grad=False"
+        )
+        plain = trained("off", At(thaw, 4), make, optimizer=optimizer)
+        agree(trained("require", At(thaw, 4), make, optimizer=optimizer), plain)
+    assert len(interpreted) == 2
+    start = weights(make())
+    changed = [name for name in start if not torch.equal(plain[1][name], start[name])]
+    assert any(name.startswith("posterior") for name in changed)
+
+
+def test_a_number_that_keeps_changing_is_named_and_given_up(interpreted, monkeypatch):
+    monkeypatch.setattr(capture, "MOST", 3)
+    hook = At(anneal, *range(1, 9))
+    plain = trained("off", hook)
+    with pytest.raises(
+        ValueError, match=r"^compile='require': Scaled\.factor changed again, and has had 3 graphs"
+    ):
+        trained("require", hook)
+    monkeypatch.setattr(capture, "WORTH", 1)
+    interpreted.clear()
+    with pytest.warns(
+        UserWarning, match=r"Scaled\.factor changed again.*; keep what changes in a tensor"
+    ) as caught:
+        ours = trained("auto", hook)
+    assert len(caught) == 1
+    assert len(interpreted) == 3
+    agree(ours, plain)
+    assert ours[2].engine.describe().startswith("eager: Scaled.factor changed again")
+
+
+def test_a_program_that_counts_its_runs_is_not_captured(interpreted, monkeypatch):
+    make = partial(program, counts=True)
+    with pytest.raises(ValueError, match=r"^compile='require': running the program changes Scaled\.calls"):
+        trained("require", At(anneal), make)
+    monkeypatch.setattr(capture, "WORTH", 1)
+    plain = trained("off", At(anneal), make)
+    with pytest.warns(UserWarning, match=r"running the program changes Scaled\.calls") as caught:
+        ours = trained("auto", At(anneal), make)
+    assert len(caught) == 1
+    assert ours[0] == plain[0]
+    calls = [run.pair.program.likelihood.net.calls for run in (ours[2], plain[2])]
+    assert calls[0] == calls[1] + 2  # traced twice
+
+
+def test_what_a_program_keeps_once_is_no_hindrance(interpreted):
+    net = Scaled(nn.Linear(3, 2), caches=True).eval()
+    run = Captured(Engine("require"), [net], lambda x: [net(x)])
+    for x in (torch.ones(4, 3), torch.zeros(4, 3)):
+        torch.testing.assert_close(run(x)[0], net(x).detach())
+    assert net.size == 3
+    assert len(run.graphs) == 1
+
+
+@pytest.mark.parametrize("how", ["auto", "require"])
+def test_numbers_out_of_sight_are_found_out_at_the_second_epoch(interpreted, monkeypatch, how):
+    def shrink(run):
+        FACTOR[0] *= 0.5
+
+    monkeypatch.setattr(capture, "WORTH", 1)
+    try:
+        plain = trained("off", At(shrink, 3, 6))
+        FACTOR[0] = 1.0
+        if how == "require":
+            with pytest.raises(ValueError, match="compile='require': the program computes other things"):
+                trained(how, At(shrink, 3, 6))
+            return
+        with pytest.warns(UserWarning, match="the program computes other things than at first; keep") as caught:
+            ours = trained(how, At(shrink, 3, 6))
+        assert len(caught) == 1
+        agree(ours, plain)
+        assert ours[2].engine.describe() == "eager: the program computes other things than at first"
+    finally:
+        FACTOR[0] = 1.0
+
+
+def test_what_stays_is_not_given_up(interpreted):
+    """Tracing again draws nothing and changes nothing: one run and the next, with and without, are the same."""
+    runs = [trained("require", At(anneal), optimizer=adam) for _ in range(2)]
+    assert runs[0][0] == runs[1][0]
+    assert len(interpreted) == 2  # one for each run
+    assert runs[0][2].engine.describe().startswith("compiled in")
+
+
+def test_a_captured_function_inside_another_is_a_part_of_it(interpreted):
+    inner_net = nn.Linear(2, 2)
+    inner = Captured(Engine("require"), [inner_net], lambda x: [inner_net(x)])
+    x = torch.ones(3, 2)
+    outer = Captured(Engine("require"), [inner_net], lambda x: [inner(x)[0].exp()])
+    for given in (x, -x):
+        torch.testing.assert_close(outer(given)[0], inner_net(given).exp().detach())
+    assert not inner.graphs
+    torch.testing.assert_close(inner(x)[0], inner_net(x).detach())
+    assert len(inner.graphs) == 1
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_captured(interpreted, layer):
+    with seeded(0):
+        recurrent = layer(3, 4, batch_first=True, num_layers=2)
+    run = Captured(Engine("require"), [recurrent], lambda x: [recurrent(x)[0]])
+    for x in (torch.ones(2, 5, 3), torch.rand(2, 5, 3)):
+        torch.testing.assert_close(run(x)[0], recurrent(x)[0].detach())
+    assert len(interpreted) == 1
