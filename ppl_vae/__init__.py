@@ -13,15 +13,30 @@
 'lower'
 """
 
+from ppl_vae.adversaries import Adversary
+from ppl_vae.alternating import PIWAE, RWS, Alternating, Wake
 from ppl_vae.arviz_export import to_arviz
 from ppl_vae.batches import Data, Stream
-from ppl_vae.bounds import Bound
+from ppl_vae.belief import sigmoid_belief_network
+from ppl_vae.bounds import Bound, Grouped, Mixed, Renyi, Thermodynamic
 from ppl_vae.checkpoint import Save, load_weights, save_weights
-from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, Scale, bounded
+from ppl_vae.conditionals import (
+    Conditional,
+    FixedScale,
+    LearnedScale,
+    NetScale,
+    Normal,
+    OptimalScale,
+    Scale,
+    bounded,
+)
 from ppl_vae.config import Config, build
+from ppl_vae.convolutions import ConvDecoder, ConvEncoder
+from ppl_vae.counts import NegativeBinomial, Poisson
 from ppl_vae.data import Images, digits, fashion_mnist, from_path, mnist
 from ppl_vae.densities import LogJoint
-from ppl_vae.estimators import Estimator, doubly, pathwise
+from ppl_vae.discrete import Bits, Constant, OneHotCategorical, RelaxedBernoulli, RelaxedCategorical, Simplex
+from ppl_vae.estimators import Estimator, doubly, pathwise, sticking
 from ppl_vae.evaluate import (
     ActiveUnits,
     Estimate,
@@ -34,96 +49,189 @@ from ppl_vae.evaluate import (
     sample,
 )
 from ppl_vae.film import Film
-from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, Progress, linear
-from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.flows import Flow, Flowed, planar, radial
+from ppl_vae.hamiltonian import Hamiltonian, Joint
+from ppl_vae.hierarchies import HierarchicalVAE, LadderVAE
+from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, Progress, cyclical, linear
+from ppl_vae.likelihoods import Bernoulli, Beta, ContinuousBernoulli, StudentT
 from ppl_vae.models import CVAE, VAE
-from ppl_vae.nets import MLP, Concat, OneHot
-from ppl_vae.objectives import ELBO, IWAE, BoundObjective, Objective, PyroObjective
+from ppl_vae.nets import MLP, Batched, Concat, Modulated, OneHot, Residual
+from ppl_vae.objectives import ELBO, IWAE, BoundObjective, Objective, Part, PyroObjective
 from ppl_vae.pairs import Pair, Program, as_pair
-from ppl_vae.posteriors import mean_field
-from ppl_vae.priors import StandardNormal, conditional_normal
+from ppl_vae.penalties import MMD, Capacity, DecoderL2, FreeBits, GradientPenalty, Penalty, TotalCorrelation
+from ppl_vae.pixels import Categorical, DiscretisedLogistic, LogisticMixture, bits_per_dimension
+from ppl_vae.posteriors import FullCovariance, LowRank, MixtureOfNormals, Point, mean_field
+from ppl_vae.priors import (
+    LearnedNormal,
+    MixturePrior,
+    StandardNormal,
+    UniformCodes,
+    VampPrior,
+    conditional_normal,
+    flow_prior,
+)
 from ppl_vae.runs import RunFolder, load_run, train_run
+from ppl_vae.scalars import AffineMap, ScalarMap, SplineMap
+from ppl_vae.scores import NVIL, Score, leave_one_out, score, vimco
+from ppl_vae.semisupervised import SemiSupervisedVAE
+from ppl_vae.sequences import BackwardGRU, DeepMarkovModel, combiner, gated_transition
 from ppl_vae.traces import LogTerms, log_joint, log_terms
 from ppl_vae.train import NonFiniteError, Run, Update, fit
-from ppl_vae.transforms import Transform, redraw, threshold
+from ppl_vae.transforms import Transform, dequantise, redraw, threshold
+from ppl_vae.triangular import coupling, inverse_autoregressive, masked_autoregressive
 
 __version__ = "0.1.0"
 __all__ = [
     # declare
-    "CVAE",
-    "VAE",
+    "AffineMap",
+    "as_pair",
+    "BackwardGRU",
+    "Batched",
     "Bernoulli",
+    "Beta",
+    "Bits",
+    "bounded",
+    "Categorical",
+    "combiner",
     "Concat",
     "Conditional",
+    "conditional_normal",
+    "Constant",
+    "ContinuousBernoulli",
+    "ConvDecoder",
+    "ConvEncoder",
+    "coupling",
+    "CVAE",
+    "DeepMarkovModel",
+    "DiscretisedLogistic",
     "FixedScale",
+    "Flow",
+    "flow_prior",
+    "Flowed",
+    "FullCovariance",
+    "gated_transition",
+    "Hamiltonian",
+    "HierarchicalVAE",
+    "inverse_autoregressive",
+    "Joint",
+    "LadderVAE",
+    "LearnedNormal",
     "LearnedScale",
+    "LogisticMixture",
+    "LowRank",
+    "masked_autoregressive",
+    "mean_field",
+    "MixtureOfNormals",
+    "MixturePrior",
     "MLP",
+    "Modulated",
+    "NegativeBinomial",
     "NetScale",
     "Normal",
     "OneHot",
+    "OneHotCategorical",
+    "OptimalScale",
     "Pair",
+    "planar",
+    "Point",
+    "Poisson",
     "Program",
+    "radial",
+    "RelaxedBernoulli",
+    "RelaxedCategorical",
+    "Residual",
+    "ScalarMap",
     "Scale",
+    "SemiSupervisedVAE",
+    "sigmoid_belief_network",
+    "Simplex",
+    "SplineMap",
     "StandardNormal",
-    "as_pair",
-    "bounded",
-    "conditional_normal",
-    "mean_field",
+    "StudentT",
+    "UniformCodes",
+    "VAE",
+    "VampPrior",
     # data
     "Data",
-    "Images",
-    "Stream",
+    "dequantise",
     "digits",
     "fashion_mnist",
     "from_path",
+    "Images",
     "mnist",
-    "Transform",
     "redraw",
+    "Stream",
     "threshold",
+    "Transform",
     # train
+    "Adversary",
+    "Alternating",
     "Anneal",
     "Bound",
     "BoundObjective",
-    "ELBO",
+    "Capacity",
+    "cyclical",
+    "DecoderL2",
+    "doubly",
     "EarlyStop",
+    "ELBO",
     "Estimator",
     "Film",
+    "fit",
+    "FreeBits",
+    "GradientPenalty",
+    "Grouped",
     "Hook",
     "IWAE",
+    "leave_one_out",
+    "linear",
     "LogCSV",
     "LogTensorBoard",
+    "Mixed",
+    "MMD",
     "NonFiniteError",
+    "NVIL",
     "Objective",
+    "Part",
+    "pathwise",
+    "Penalty",
+    "PIWAE",
     "Progress",
     "PyroObjective",
+    "Renyi",
     "Run",
+    "RWS",
+    "Score",
+    "score",
+    "sticking",
+    "Thermodynamic",
+    "TotalCorrelation",
     "Update",
-    "doubly",
-    "fit",
-    "linear",
-    "pathwise",
+    "vimco",
+    "Wake",
     # judge
-    "ActiveUnits",
-    "Estimate",
-    "LogJoint",
-    "LogTerms",
     "active_units",
+    "ActiveUnits",
+    "bits_per_dimension",
     "decode",
     "elbo",
     "encode",
+    "Estimate",
     "log_joint",
     "log_likelihood",
     "log_terms",
+    "LogJoint",
+    "LogTerms",
     "reconstruct",
     "sample",
     "to_arviz",
     # keep
-    "Config",
     "build",
-    "Save",
-    "RunFolder",
+    "Config",
     "load_run",
-    "train_run",
     "load_weights",
+    "RunFolder",
+    "Save",
     "save_weights",
+    "train_run",
 ]

@@ -10,15 +10,24 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.func import functional_call
 
-from ppl_vae.graphs import CaptureError, CompileError, Graph, capture, capturing, first_line, kind, text
+from ppl_vae.graphs import (
+    CaptureError,
+    CompileError,
+    Graph,
+    Live,
+    capture,
+    capturing,
+    first_line,
+    kind,
+    same,
+    traced,
+)
+from ppl_vae.holding import Holder, Key
 
 __all__ = ["Captured", "Compile", "Engine"]
 
@@ -28,7 +37,6 @@ Call = Callable[..., Sequence[Tensor]]
 WORTH = 1000  # runs of one shape from which compiling is earned back, some seconds at some milliseconds each
 MOST = 8  # graphs of one function: beyond them, what they are made for is taken to change for ever
 UNCAPTURED = "it runs uncaptured, at a half to a quarter of the speed"
-PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class Engine:
@@ -100,65 +108,12 @@ class Engine:
         return self.notes[0] if self.notes else "eager"
 
 
-class _Together(nn.Module):
-    """Several modules under one name space, and a function that uses them."""
-
-    def __init__(self, modules: Sequence[nn.Module], function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(modules)
-        self.__dict__["function"] = function
-
-    def forward(self, *arguments: Tensor) -> Any:
-        return self.__dict__["function"](*arguments)
-
-    def state(self) -> dict[str, Tensor]:
-        """All parameters and buffers, each once."""
-        return dict(self.named_parameters()) | dict(self.named_buffers())
-
-    def held(self) -> Iterator[tuple[nn.Module, str, Any]]:
-        """What a graph holds fixed of all modules: modes, numbers in attributes, which parameters are trained."""
-        parts, seen = [*self.parts], set[int]()
-        for part in parts:  # it grows
-            if id(part) in seen:
-                continue
-            seen.add(id(part))
-            for name, value in part.__dict__.items():
-                if type(value) in PLAIN:
-                    yield part, name, value
-            for name, parameter in part._parameters.items():
-                yield part, name, parameter is not None and parameter.requires_grad
-            parts.extend(child for child in part._modules.values() if child is not None)
-
-
 class _Ready:
     """A graph, and the modules' tensors that it takes."""
 
-    def __init__(self, graph: Graph, own: list[Tensor]) -> None:
-        self.graph, self.own, self.ran = graph, own, False
-        self.pointers: list[int] = []
-        self.detached: list[Tensor] = []
-
-    def state(self) -> list[Tensor]:
-        """The tensors as they are now; a parameter's data may have been put elsewhere (``p.data = ...``)."""
-        pointers = [t.data_ptr() for t in self.own]
-        if pointers != self.pointers:
-            self.pointers, self.detached = pointers, [t.detach() for t in self.own]
-        return self.detached
-
-
-@contextmanager
-def _clean(holder: nn.Module) -> Iterator[None]:
-    """Take back what modules have set on themselves meanwhile, if it is a stand-in: caches that tracing filled."""
-    before = [(m, dict(vars(m))) for m in holder.modules()]
-    try:
-        yield
-    finally:
-        for module, held in before:
-            for name in [n for n, v in vars(module).items() if isinstance(v, FakeTensor)]:
-                if name in held:
-                    vars(module)[name] = held[name]
-                else:
-                    del vars(module)[name]
+    def __init__(self, graph: Graph, slots: Sequence[tuple[dict[str, Any], str]]) -> None:
+        self.graph, self.ran = graph, False
+        self.state = Live(lambda: [store[name] for store, name in slots])
 
 
 class Captured:
@@ -185,21 +140,21 @@ class Captured:
     ) -> None:
         self.engine, self.modules, self.function, self.uses = engine, modules, function, uses
         self.obstacle, self.noted = obstacle, noted
-        self.holder = _Together(modules, function)
-        self.graphs: dict[tuple[Any, ...], _Ready | None] = {}
-        self.held: list[tuple[nn.Module, str, Any]] = []  # by modules, when the latest graph was made
+        self.holder = Holder(modules)
+        self.graphs: dict[Key, _Ready | None] = {}
+        self.held = self.holder.held()  # when the latest graph was made
         self.given_up = False
-        self.running: tuple[Any, ...] = ()  # the key of the arguments at hand
+        self.running: Key = ()  # of the arguments at hand
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
         """Run the function."""
         return self.run(self.key(arguments), arguments)
 
-    def key(self, arguments: Sequence[Tensor]) -> tuple[Any, ...]:
+    def key(self, arguments: Sequence[Tensor]) -> Key:
         """What a graph is made for: shapes, strides, types and devices, and what modules hold."""
-        return (*map(kind, arguments), *[value for _, _, value in self.holder.held()])
+        return (*map(kind, arguments), *self.holder.key())
 
-    def run(self, key: tuple[Any, ...], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+    def run(self, key: Key, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """Run the function on arguments that have this key."""
         self.running = key
         if capturing():  # part of a larger function, and of its graph
@@ -208,16 +163,16 @@ class Captured:
         if found is None:
             return self.plain(*arguments)
         if not found.ran:
-            return self.first(key, found, arguments)
+            return self.first(found, arguments)
         return found.graph(*found.state(), *arguments)
 
-    def first(self, key: tuple[Any, ...], found: _Ready, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+    def first(self, found: _Ready, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """Run a graph for the first time: what compiles may still fail to run."""
         try:
             results = found.graph(*found.state(), *arguments)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told, or raised under "require"
             self.engine.warn(f"the graph cannot be run ({type(error).__name__}: {first_line(error)})")
-            self.graphs[key] = None
+            self.graphs[self.running] = None
             return self.plain(*arguments)
         found.ran = True
         return results
@@ -226,40 +181,65 @@ class Captured:
         """Run the function as it is."""
         return self.function(*arguments)
 
-    def graph(self, key: tuple[Any, ...], arguments: Sequence[Tensor]) -> _Ready | None:
+    def graph(self, key: Key, arguments: Sequence[Tensor]) -> _Ready | None:
         """A new graph and the tensors of the modules that it takes; None where the function runs as it is."""
         if self.given_up or not self.engine.wants(self.uses(*arguments)):
             return None
         if len(self.graphs) == MOST:
-            if what := self.differing():
+            if what := self.differing(self.held):
                 self.give_up(f"{what} changed again, and has had {MOST} graphs captured")
             else:
                 self.engine.warn(f"the shapes of batches keep changing, and no more than {MOST} are captured")
             return None
+        self.held = self.holder.held()
         found = self.made(arguments)
-        if self.key(arguments) != key:  # the program changes what it holds: once, as caches do, or at every run
-            found = self.made(arguments)
-            if what := self.differing():
-                self.give_up(f"running the program changes {what}")
-                return None
-        self.graphs[self.key(arguments)] = found
+        if self.key(arguments) != key and not self.settled(found, arguments):
+            return None
+        self.running = self.key(arguments)
+        self.graphs[self.running] = found
         return found
+
+    def settled(self, found: _Ready | None, arguments: Sequence[Tensor]) -> bool:
+        """Whether what running the program has changed in it does not matter: it does not change again.
+
+        Such are caches, and notes that a module makes of its latest input. Attributes that no graph depends on
+        are left out of account from now on. Otherwise it is given up.
+        """
+        before, self.held = self.held, self.holder.held()
+        changed = [name for name, (_, value) in self.held.items() if before.get(name, (None, None))[1] != value]
+        self.running = self.key(arguments)
+        try:
+            with self.holder.clean():
+                code, _ = traced(self.pure(self.own()), [*self.own(), *arguments])
+        except CaptureError:
+            code = ""
+        if what := self.differing(self.held):
+            self.give_up(f"running the program changes {what}")
+            return False
+        if found is not None and code == found.graph.text:
+            self.holder.ignored.update(changed)
+        return True
+
+    def own(self) -> list[Tensor]:
+        """The modules' tensors, each once."""
+        return [store[name] for store, name in self.holder.slots()]
 
     def made(self, arguments: Sequence[Tensor]) -> _Ready | None:
         """Capture the function for such arguments."""
-        self.held = [*self.holder.held()]
-        own, pure = self.pure(arguments)
-        with _clean(self.holder):
-            graph, how = self.engine.capture(pure, [*(t.detach() for t in own), *arguments], self.obstacle)
+        own, slots = self.own(), self.holder.slots()
+        with self.holder.clean():
+            given = [*(t.detach() for t in own), *arguments]
+            graph, how = self.engine.capture(self.pure(own), given, self.obstacle)
         if self.noted:
             self.engine.note(how)
-        return None if graph is None else _Ready(graph, own)
+        return None if graph is None else _Ready(graph, slots)
 
-    def differing(self) -> str:
-        """What modules hold otherwise than when the latest graph was made: the first such name."""
-        pairs = zip(self.held, self.holder.held(), strict=False)
-        names = (f"{type(now[0]).__name__}.{now[1]}" for then, now in pairs if then[1:] != now[1:])
-        return next(names, "")
+    def differing(self, before: dict[tuple[int, str], tuple[Any, Any]]) -> str:
+        """What modules hold otherwise than before: the first such name."""
+        for name, (owner, value) in self.holder.held().items():
+            if name not in self.holder.ignored and before.get(name, (None, None))[1] != value:
+                return f"{type(owner).__name__}.{name[1]}"
+        return ""
 
     def give_up(self, why: str) -> None:
         """From now on, run the function as it is.
@@ -285,30 +265,25 @@ class Captured:
         found = self.graphs.get(self.running)
         if found is None:
             return True
-        own, pure = self.pure(arguments)
-        with _clean(self.holder):
-            same = text(pure, [*(t.detach() for t in own), *arguments]) == found.graph.text
-        if not same:
-            self.give_up("the program computes other things than at first")
-        return same
+        own = self.own()
+        try:
+            with self.holder.clean():
+                code, constants = traced(self.pure(own), [*(t.detach() for t in own), *arguments])
+        except CaptureError as error:
+            self.give_up(str(error))
+            return False
+        if code == found.graph.text and same(constants, found.graph.constants):
+            return True
+        self.give_up("the program computes other things than at first")
+        return False
 
-    def pure(self, arguments: Sequence[Tensor]) -> tuple[list[Tensor], Call]:
-        """The modules' tensors, and the function as one of them and of such arguments."""
-        own = self.holder.state()
-        buffers = [name for name, _ in self.holder.named_buffers()]
+    def pure(self, own: Sequence[Tensor]) -> Call:
+        """The function, as one of the modules' tensors and of its arguments."""
+        return lambda *tensors: self.outputs(own, tensors[: len(own)], tensors[len(own) :])
 
-        def pure(*tensors: Tensor) -> Sequence[Tensor]:
-            inside = dict(zip(own, tensors, strict=False))
-            before = {name: inside[name] for name in buffers}
-            results = self.outputs(inside, tensors[len(own) :])
-            for name, buffer in before.items():
-                if inside[name] is not buffer:  # a module has put another tensor in its place
-                    buffer.copy_(inside[name].detach())
-            return results
-
-        return [*own.values()], pure
-
-    def outputs(self, state: dict[str, Tensor], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The function's results with other tensors in place of the modules' own; ``state`` is what they leave."""
-        results: Sequence[Tensor] = functional_call(self.holder, state, tuple(arguments))
-        return results
+    def outputs(
+        self, own: Sequence[Tensor], given: Sequence[Tensor], arguments: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The function's results with other tensors in place of the modules' own."""
+        with self.holder.standing_in(own, given):
+            return self.function(*arguments)

@@ -19,12 +19,22 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from ppl_vae.axes import AXES
 from ppl_vae.config import COMPILE, Config, presented
 from ppl_vae.evaluate import ActiveUnits, Estimate, active_units, elbo, log_likelihood, sample
 from ppl_vae.files import write_whole
-from ppl_vae.models import CVAE
 from ppl_vae.plots import label_rows, samples, save
-from ppl_vae.runs import METRICS, RESULTS, RunFolder, draw_figures, installed, load_run, train_run, write_json
+from ppl_vae.runs import (
+    METRICS,
+    RESULTS,
+    RunFolder,
+    draw_figures,
+    installed,
+    load_run,
+    takes_condition,
+    train_run,
+    write_json,
+)
 from ppl_vae.train import NonFiniteError, as_device, default_device
 
 __all__ = ["main"]
@@ -92,7 +102,7 @@ def evaluate(args: argparse.Namespace) -> int:
     tight = log_likelihood(run.program, data, args.particles, chunk=args.chunk, **settings)
     units = active_units(run.program, data, seed=args.seed) if len(data) > 1 else None
     seconds = time.perf_counter() - start
-    given = "log p(x | label)" if isinstance(run.program, CVAE) else "log p(x)"
+    given = "log p(x | label)" if takes_condition(run.program) else "log p(x)"
     print(
         f"{run.path}: {given} of {len(data)} {args.split} data of {images.name}, {seconds:.1f} s\n"
         "nats per datum, ± standard error over data (and that of the draws alone)"
@@ -155,7 +165,7 @@ def _results(
 def draw(args: argparse.Namespace) -> int:
     """Draw from the model: a picture, and the numbers as npy beside it."""
     run = load_run(args.folder)
-    by_label = isinstance(run.program, CVAE)
+    by_label = takes_condition(run.program)
     if args.label is not None and not by_label:
         raise ValueError("label: this run's model is not conditioned on one")
     size = args.size or (8 * len(run.classes) if by_label and args.label is None else 64)
@@ -185,6 +195,12 @@ def plot(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """Say what a run folder holds or, without one, what is installed."""
+    if args.axes:
+        for axis, choices in AXES.items():
+            print(axis)
+            for name, choice in choices.items():
+                print(f"  {name:<22}{choice.about}")
+        return 0
     if args.folder is None:
         for package in ("ppl-vae", "torch", "torchvision", "pyro-ppl", "arviz", "matplotlib", "tensorboard"):
             print(f"{package:<12} {installed(package)}")
@@ -275,7 +291,8 @@ def _parser() -> argparse.ArgumentParser:
     _seed_flag(p)
 
     _place_flags(_command(commands, "plot", plot, folder=""))
-    _command(commands, "info", info, folder="?")
+    p = _command(commands, "info", info, folder="?")
+    p.add_argument("--axes", action="store_true", help="list what models and objectives are made of")
     return parser
 
 
@@ -311,7 +328,10 @@ def _flag(parser: Any, f: Any) -> None:
     shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
     options: dict[str, Any] = {"dest": f.name, "default": None, "help": text}
     if kind == "bool":
-        options |= {"action": argparse.BooleanOptionalAction, "help": f"{text} (default: yes)"}
+        options |= {
+            "action": argparse.BooleanOptionalAction,
+            "help": f"{text} (default: {'yes' if f.default else 'no'})",
+        }
     else:
         options["help"] = text if f.default is None else f"{text} (default: {shown})"
         if "choices" in f.metadata:

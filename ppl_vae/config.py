@@ -20,21 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.axes import AXES
 from ppl_vae.batches import Data
 from ppl_vae.capture import Compile
-from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, Scale
 from ppl_vae.data import Images, Split, digits, fashion_mnist, from_path, mnist, subset
-from ppl_vae.estimators import Estimator, doubly, pathwise
 from ppl_vae.files import PathLike
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.models import CVAE, VAE
-from ppl_vae.nets import MLP, Concat, OneHot
-from ppl_vae.objectives import ELBO, IWAE, Objective
-from ppl_vae.posteriors import mean_field
-from ppl_vae.priors import StandardNormal, conditional_normal
+from ppl_vae.objectives import Objective
+from ppl_vae.plan import ACTIVATIONS, SCALES, Plan
 from ppl_vae.rng import seeded
 from ppl_vae.traces import KL
-from ppl_vae.transforms import redraw, threshold
+from ppl_vae.transforms import dequantise, redraw, threshold
 from ppl_vae.updates import Precision
 
 __all__ = ["Config", "build", "images_of", "objective_of", "presented"]
@@ -44,12 +39,11 @@ DATA: dict[str, Callable[[PathLike | None], Images]] = {
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
 }
-BINARISE: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None, "threshold": threshold(), "redraw": redraw}
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "softplus": nn.Softplus,
-    "silu": nn.SiLU,
+BINARISE: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "none": None,
+    "threshold": threshold(),
+    "redraw": redraw,
+    "dequantise": dequantise,
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -60,23 +54,11 @@ SCHEDULES: dict[str, Callable[..., Any] | None] = {
     "constant": None,
     "cosine": torch.optim.lr_scheduler.CosineAnnealingLR,
 }
-SCALES: dict[str, Callable[[], Scale]] = {"learned": LearnedScale, "per-pixel": NetScale}
 KLS: dict[str, KL] = {"sampled": "sampled", "analytic": "analytic", "auto": "auto"}
-ESTIMATORS: dict[str, Estimator] = {"pathwise": pathwise, "doubly": doubly}
 COMPILE: dict[str, Compile] = {"auto": "auto", "require": "require", "off": "off"}
 PRECISIONS: dict[str, Precision] = {"float32": "float32", "bf16": "bf16"}
-OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
-    "elbo": lambda c: ELBO(c.particles, kl=KLS[c.kl], beta=c.beta, estimator=ESTIMATORS[c.estimator]),
-    "iwae": lambda c: IWAE(c.particles, estimator=ESTIMATORS[c.estimator]),
-}
-LIKELIHOODS: dict[str, Callable[[Config, Callable[[int], nn.Module], int], Conditional]] = {
-    "normal": lambda c, net, d: _normal(c, net, d),
-    "bernoulli": lambda c, net, d: Bernoulli(net(d)),
-}
-MODELS: dict[str, Callable[[Config, int, int], nn.Module]] = {
-    "vae": lambda c, d, classes: _vae(c, d),
-    "cvae": lambda c, d, classes: _cvae(c, d, classes),
-}
+NETS = ("mlp", "conv")
+NORMS = ("none", "batch", "layer")
 
 
 def _setting(group: str, default: Any, text: str, **limits: Any) -> Any:
@@ -104,25 +86,48 @@ class Config:
         None, "folder with the files of mnist or fashion-mnist; by default they are fetched"
     )
     limit: int | None = _data(None, "use only the first rows of each split; by default all", least=1)
-    binarise: str = _data("none", "pixels as they are, cut at one half, or redrawn when shown", choices=BINARISE)
+    binarise: str = _data(
+        "none", "pixels as they are, cut at one half, redrawn when shown, or made continuous", choices=BINARISE
+    )
 
-    model: str = _model("vae", "the program; a cvae is conditioned on the label", choices=MODELS)
+    model: str = _model("vae", "the program; a cvae is conditioned on the label", choices=AXES["model"])
     latent: int = _model(2, "dimensions of z", least=1)
+    prior: str | None = _model(None, "of z; by default standard, or conditional for a cvae", choices=AXES["prior"])
+    posterior: str = _model("mean-field", "family of q(z | x)", choices=AXES["posterior"])
+    likelihood: str = _model(
+        "normal", "of the pixels given z; bernoulli takes 0 and 1 only", choices=AXES["likelihood"]
+    )
+    scale: str = _model(
+        "learned", "of a normal or student-t: learned, per-pixel (by the decoder), optimal, or a number"
+    )
+    components: int = _model(10, "of mixtures: priors, posteriors, likelihoods, pseudo-inputs", least=1)
+    depth: int = _model(4, "layers of a flow, leapfrog steps", least=1)
+    rank: int = _model(2, "of a low-rank covariance", least=1)
+    nets: str = _model("mlp", "kind of encoder and decoder", choices=NETS)
     hidden: tuple[int, ...] = _model(
         (128, 64), "widths of the encoder's layers; the decoder has them reversed", least=1
     )
+    channels: tuple[int, ...] = _model((32, 64), "the same of convolutional nets", least=1)
     activation: str = _model("relu", "between the layers", choices=ACTIVATIONS)
-    likelihood: str = _model("normal", "of the pixels given z; bernoulli takes 0 and 1 only", choices=LIKELIHOODS)
-    scale: str = _model("learned", "σ of the normal likelihood: learned, per-pixel (by the decoder), or a number")
+    norm: str = _model("none", "of the hidden layers", choices=NORMS)
+    gated: bool = _model(False, "gated hidden layers")
+    residual: bool = _model(False, "residual hidden layers")
 
-    objective: str = _objective("elbo", "the bound to maximise", choices=OBJECTIVES)
+    objective: str = _objective("elbo", "the bound to maximise", choices=AXES["objective"])
     particles: int = _objective(1, "draws of z for each datum and step", least=1)
     kl: str = _objective(
         "analytic", "the elbo's KL: by draws, in closed form, or closed where it can be", choices=KLS
     )
-    estimator: str = _objective("pathwise", "of the gradient; doubly takes a sampled KL", choices=ESTIMATORS)
+    estimator: str = _objective(
+        "pathwise", "of the gradient; doubly and sticking take a sampled KL", choices=AXES["estimator"]
+    )
     beta: float = _objective(1.0, "weight of the elbo's KL", least=0)
     warm_up: int = _objective(0, "steps in which that weight rises from 0", least=0)
+    alpha: float = _objective(0.5, "of the bounds renyi and ciwae")
+    groups: int = _objective(4, "of particles, for miwae and piwae", least=1)
+    penalise: str = _objective("none", "what the elbo is lowered by", choices=AXES["penalise"])
+    penalty: float = _objective(1.0, "weight of that", least=0)
+    penalty_target: float = _objective(0.5, "nats: of free-bits per latent, of capacity in all", least=0)
 
     epochs: int = _training(100, "passes over the training data", least=1)
     batch_size: int = _training(64, "rows per step", least=1)
@@ -148,15 +153,8 @@ class Config:
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         if not self.data:
             raise ValueError("data must name a data set, a file or a folder, got nothing")
-        if (self.beta != 1 or self.warm_up) and self.objective != "elbo":
-            raise ValueError("beta and warm_up weigh the KL of the elbo; the other bounds have none to weigh")
-        if self.estimator == "doubly" and self.objective == "elbo" and self.kl != "sampled":
-            raise ValueError(
-                f"estimator 'doubly' needs the elbo's KL by draws; kl must be 'sampled', got {self.kl!r}"
-            )
-        if self.scale != "learned" and self.likelihood != "normal":
-            raise ValueError(f"scale is the σ of the normal likelihood; {self.likelihood} has none")
-        _scale(self)
+        _check_parts(self)
+        _check_objective(self)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "config") -> Config:
@@ -192,7 +190,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "hidden": list(self.hidden)}
+        return {**asdict(self), "hidden": list(self.hidden), "channels": list(self.channels)}
 
 
 def images_of(config: Config) -> Images:
@@ -213,66 +211,68 @@ def build(config: Config, shape: Sequence[int], classes: int = 0) -> nn.Module:
     """The program of a config, for pictures of a shape, with its initial weights drawn from the config's seed.
 
     Raises:
-        ValueError: a conditional model for unlabelled data.
+        ValueError: a conditional model for unlabelled data; settings that the parts refuse.
     """
-    width = 1
-    for size in shape:
-        width *= size
     with seeded(config.seed):
-        return MODELS[config.model](config, width, classes)
+        program: nn.Module = AXES["model"][config.model].make(Plan(config, tuple(shape), classes))
+    return program
 
 
-def objective_of(config: Config) -> Objective:
-    """The objective of a config."""
-    return OBJECTIVES[config.objective](config)
+def objective_of(
+    config: Config, program: nn.Module | None = None, shape: Sequence[int] = (), size: int = 1
+) -> Objective:
+    """The objective of a config.
+
+    Args:
+        config: the settings.
+        program: what it is for; some penalties look at its decoder.
+        shape: of one picture.
+        size: how many training data there are.
+    """
+    with seeded(config.seed):
+        plan = Plan(config, tuple(shape), size=size, program=program)
+        objective: Objective = AXES["objective"][config.objective].make(plan)
+    return objective
 
 
-def _mlp(config: Config) -> Callable[..., nn.Module]:
-    return partial(MLP, activation=ACTIVATIONS[config.activation])
+def _check_parts(c: Config) -> None:
+    """Raise ValueError where settings of the model do not go together."""
+    if c.scale != "learned" and c.likelihood not in ("normal", "student-t"):
+        raise ValueError(f"scale is that of the normal and student-t likelihoods; {c.likelihood} has none")
+    if c.scale not in SCALES and not _positive(c.scale):
+        raise ValueError(f"scale must be {', '.join(SCALES)} or a positive number, got {c.scale!r}")
+    own = AXES["posterior"][c.posterior].prior is not None
+    if own and c.prior is not None:
+        raise ValueError(f"prior: posterior {c.posterior!r} comes with its own; leave prior out")
+    if c.prior == "conditional" and c.model != "cvae":
+        raise ValueError("prior 'conditional' is given the label, which only model 'cvae' takes")
+    if c.prior == "vamp" and (c.model != "vae" or c.posterior == "hamiltonian"):
+        raise ValueError("prior 'vamp' needs model 'vae' and a posterior with a density, other than hamiltonian")
+    if c.model not in ("vae", "cvae") and (c.prior is not None or c.posterior != "mean-field"):
+        raise ValueError(f"model {c.model!r} has a prior and a posterior of its own; leave both out")
+    if c.model == "belief" and c.likelihood != "bernoulli":
+        raise ValueError("model 'belief' has binary data; likelihood must be 'bernoulli'")
 
 
-def _vae(config: Config, width: int) -> VAE:
-    mlp = _mlp(config)
-
-    def decoder(outputs: int) -> nn.Module:
-        return mlp(config.latent, *reversed(config.hidden), outputs)
-
-    return VAE(
-        prior=StandardNormal(config.latent),
-        likelihood=LIKELIHOODS[config.likelihood](config, decoder, width),
-        posterior=mean_field(mlp(width, *config.hidden, 2 * config.latent)),
-    )
-
-
-def _cvae(config: Config, width: int, classes: int) -> CVAE:
-    if classes < 1:
-        raise ValueError("model: cvae needs labelled data; these have no labels")
-    mlp = _mlp(config)
-
-    def decoder(outputs: int) -> nn.Module:
-        net = mlp(config.latent + classes, *reversed(config.hidden), outputs)
-        return Concat(net, None, OneHot(classes))
-
-    encoder = mlp(width + classes, *config.hidden, 2 * config.latent)
-    return CVAE(
-        prior=conditional_normal(nn.Sequential(OneHot(classes), mlp(classes, 2 * config.latent))),
-        likelihood=LIKELIHOODS[config.likelihood](config, decoder, width),
-        posterior=mean_field(Concat(encoder, None, OneHot(classes))),
-    )
+def _check_objective(c: Config) -> None:
+    """Raise ValueError where settings of the objective do not go together."""
+    if (c.beta != 1 or c.warm_up) and c.objective != "elbo":
+        raise ValueError("beta and warm_up weigh the KL of the elbo; the other bounds have none to weigh")
+    if c.estimator in ("doubly", "sticking") and c.objective == "elbo" and c.kl != "sampled":
+        raise ValueError(
+            f"estimator {c.estimator!r} needs the elbo's KL by draws; kl must be 'sampled', got {c.kl!r}"
+        )
+    if c.penalise != "none" and (c.objective != "elbo" or c.estimator != "pathwise"):
+        raise ValueError("penalise: penalties belong to the elbo, with estimator 'pathwise'")
+    if c.estimator != "pathwise" and c.objective == "rws":
+        raise ValueError("objective 'rws' has gradients of its own; leave estimator out")
 
 
-def _normal(config: Config, net: Callable[[int], nn.Module], width: int) -> Normal:
-    scale = _scale(config)
-    return Normal(net(scale.channels * width), scale)
-
-
-def _scale(config: Config) -> Scale:
-    if config.scale in SCALES:
-        return SCALES[config.scale]()
+def _positive(text: str) -> bool:
     try:
-        return FixedScale(float(config.scale))
-    except ValueError as error:
-        raise ValueError(f"scale must be learned, per-pixel or a positive number, got {config.scale!r}") from error
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _nearest(name: object, known: Mapping[str, Any]) -> str:

@@ -18,9 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppl_vae.bounds import Bound, derivatives
 from ppl_vae.pairs import Pair
 from ppl_vae.sites import Site, base, plate_shape, statements
-from ppl_vae.traces import KL, LogTerms, check_table, log_terms, run_guide, run_model, tabulate, with_values
+from ppl_vae.traces import (
+    KL,
+    LogTerms,
+    check_table,
+    log_density,
+    log_terms,
+    run_guide,
+    run_model,
+    tabulate,
+    with_values,
+)
 
-__all__ = ["Estimator", "doubly", "frozen", "pathwise", "require_reparameterised"]
+__all__ = ["Estimator", "doubly", "frozen", "pathwise", "repeated", "require_reparameterised", "sticking"]
 
 
 class Estimator(Protocol):
@@ -66,13 +76,49 @@ def doubly(
         ValueError: kl is not "sampled"; a latent's distribution has no reparameterised sampler; the guide draws
             random numbers outside its sites, as dropout does, or masks some of its latents and others not.
     """
-    if kl != "sampled":
-        raise ValueError(
-            f"kl must be 'sampled' for the doubly reparameterised estimator, got {kl!r}: it replaces the score "
-            "of log q, which a closed KL does not have; use kl='sampled', or the estimator pathwise"
-        )
+    _require_sampled(kl)
     if not torch.is_grad_enabled():
         return pathwise(bound, pair, *batch, particles=particles, beta=beta)
+    terms, sites = _without_score(pair, batch, particles)
+    weight = terms.weight(beta)
+    slope, curvature = derivatives(bound, weight.detach())
+    some = slope.abs() >= torch.finfo(slope.dtype).tiny  # a particle below it has no part in the bound
+    ratio = beta * curvature / slope.where(some, 1.0)
+    # The densities pass f_k back: to the model as it is, to the guide's draws times f_k - beta f_kk over f_k.
+    scored = _scored(sites)
+    for site in sites.values():
+        if site["value"].requires_grad:
+            site["value"].register_hook(partial(torch.mul, _gate(site, ratio, scored)))
+    return bound(weight)
+
+
+def sticking(
+    bound: Bound, pair: Pair, *batch: Tensor, particles: int, beta: Tensor | float = 1.0, kl: KL = "sampled"
+) -> Tensor:
+    """Sticking the landing: `pathwise` without the score of the guide's density (Roeder et al. 2017, eq. 8).
+
+    For the ELBO, and the mean of several, the score has mean zero and it is `doubly`. For other bounds the
+    guide's gradient is biased without it (Tucker et al. 2019, section 3), though it vanishes at the posterior.
+
+    Raises:
+        ValueError: as by `doubly`.
+    """
+    _require_sampled(kl)
+    if not torch.is_grad_enabled():
+        return pathwise(bound, pair, *batch, particles=particles, beta=beta)
+    return bound(_without_score(pair, batch, particles)[0].weight(beta))
+
+
+def _require_sampled(kl: KL) -> None:
+    if kl != "sampled":
+        raise ValueError(
+            f"kl must be 'sampled' for this estimator, got {kl!r}: it replaces the score of log q, which a closed "
+            "KL does not have; use kl='sampled', or the estimator pathwise"
+        )
+
+
+def _without_score(pair: Pair, batch: tuple[Tensor, ...], particles: int) -> tuple[LogTerms, dict[str, Site]]:
+    """The table, with a guide whose parameters its densities do not reach but through its draws; its sites."""
     check_table(pair, batch, particles)
     # Densities see an identity copy of each draw. A hook on the draw itself would act again on what a later
     # draw passes back to it, once per level.
@@ -80,19 +126,11 @@ def doubly(
     model = run_model(pair, batch, particles, drawn)
     with frozen(pair):
         guide = run_guide(pair, batch, particles, drawn)
-    terms = tabulate(model, guide, batch, particles)
+        # Here, and not outside: some densities run nets when they are asked for, as those of flows do.
+        posterior = log_density(statements(guide).values(), batch, particles)
+    terms = tabulate(model, guide, batch, particles, posterior=posterior)
     require_reparameterised(terms)
-    weight = terms.weight(beta)
-    slope, curvature = derivatives(bound, weight.detach())
-    some = slope.abs() >= torch.finfo(slope.dtype).tiny  # a particle below it has no part in the bound
-    ratio = beta * curvature / slope.where(some, 1.0)
-    # The densities pass f_k back: to the model as it is, to the guide's draws times f_k - beta f_kk over f_k.
-    sites = statements(guide)
-    scored = _scored(sites)
-    for site in sites.values():
-        if site["value"].requires_grad:
-            site["value"].register_hook(partial(torch.mul, _gate(site, ratio, scored)))
-    return bound(weight)
+    return terms, statements(guide)
 
 
 def _gate(site: Site, ratio: Tensor, scored: Tensor | bool) -> Tensor:
@@ -136,32 +174,44 @@ def _masks(site: Site) -> list[Tensor | bool]:
 
 
 @contextmanager
-def frozen(pair: Pair) -> Iterator[None]:
-    """Run programs of a pair on given values with constants for parameters.
+def repeated(pair: Pair) -> Iterator[None]:
+    """Run programs of a pair once more, on values that they have drawn.
 
-    Gradients pass through values, and not to parameters, wherever these live; a closed-over net's too, which
-    is why they are switched off instead of being replaced. Buffers, such as BatchNorm's running statistics,
-    are copies meanwhile, so that they do not see the batch twice.
+    Buffers, such as BatchNorm's running statistics, are copies meanwhile, so that they do not see the batch
+    twice.
 
     Raises:
         ValueError: something is drawn: the second run of a program would not be the first.
     """
-    own = {id(p): p for p in (*pair.parameters(), *pair.known.values())}
-    trained = [p for p in own.values() if p.requires_grad]
     buffers = [(m, name, b) for m in pair.modules() for name, b in m.named_buffers(recurse=False)]
-    for p in trained:
-        p.requires_grad_(False)
     for module, name, buffer in buffers:
         setattr(module, name, buffer.clone())
     try:
-        with _NoDraws(), warnings.catch_warnings():  # type: ignore[no-untyped-call]
+        with _NoDraws():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
+
+
+@contextmanager
+def frozen(pair: Pair) -> Iterator[None]:
+    """Run programs of a pair once more, with constants for parameters; see `repeated`.
+
+    Gradients pass through values, and not to parameters, wherever these live; a closed-over net's too, which
+    is why they are switched off instead of being replaced.
+    """
+    own = {id(p): p for p in (*pair.parameters(), *pair.known.values())}
+    trained = [p for p in own.values() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        with repeated(pair), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*not registered in the param store because requires_grad=False")
             yield
     finally:
         for p in trained:
             p.requires_grad_(True)
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer)
 
 
 class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -12,8 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -33,11 +34,13 @@ __all__ = [
     "CompileError",
     "CudaGraph",
     "Graph",
+    "Live",
     "capture",
     "capturing",
     "first_line",
     "kind",
-    "text",
+    "same",
+    "traced",
 ]
 
 Function = Callable[..., Sequence[Tensor]]
@@ -51,14 +54,14 @@ class CompileError(CaptureError):
     """A function can be captured, but its graph not be compiled."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Graph:
     """A captured function: takes tensors of the shapes, types and devices it was captured with.
 
     Attributes:
         run: the graph, as a function of the arguments and then the constants.
         constants: tensors that the function used without being given them, where they live: a value written
-            into one of them is seen by the next run.
+            into one of them is seen by the next run, and so is other data that it is given.
         compiled: whether it was compiled; else it is interpreted.
         products: which library computes its matrix products.
         text: its operations, as `text` gives them.
@@ -73,7 +76,43 @@ class Graph:
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Run the graph; what the function wrote in place is written in place."""
         with torch.no_grad():
-            return self.run(*tensors, *self.constants)
+            return self.run(*tensors, *self.live())
+
+    @cached_property
+    def live(self) -> Live:
+        """The constants as they are now."""
+        return Live(lambda: self.constants)
+
+
+class Live:
+    """Tensors as they are now, detached; their data may have been put elsewhere (``p.data = ...``).
+
+    Args:
+        read: gives the tensors, which keep their shapes, types and devices.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Tensor]]) -> None:
+        self.read, self.pointers = read, [-1]
+        self.detached: list[Tensor] = []
+        self.kinds = [kind(t) for t in read()]
+
+    def __call__(self) -> list[Tensor]:
+        """Return them.
+
+        Raises:
+            ValueError: one has another shape, type or device than at first.
+        """
+        tensors = self.read()
+        pointers = [t.data_ptr() for t in tensors]
+        if pointers != self.pointers:
+            for tensor, expected in zip(tensors, self.kinds, strict=True):
+                if kind(tensor) != expected:
+                    raise ValueError(
+                        f"a tensor of the program is now {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, "
+                        f"and was {tuple(expected[0])} when its graph was captured; use compile='off'"
+                    )
+            self.pointers, self.detached = pointers, [t.detach() for t in tensors]
+        return self.detached
 
 
 def capture(function: Function, tensors: Sequence[Tensor], *, compile: bool = True) -> Graph:
@@ -96,12 +135,11 @@ def capture(function: Function, tensors: Sequence[Tensor], *, compile: bool = Tr
     """
     if compile and any(t.device.type == "cpu" for t in tensors):
         _probing()
-    module = _traced(function, tensors)
-    constants = _lifted(module)
+    module, constants = _traced(function, tensors)
     code = module.code
     if not compile:
         return Graph(cast(Function, module), constants, False, DEFAULT, code)
-    arguments = [*tensors, *constants]
+    arguments = [*tensors, *(c.detach() for c in constants)]
     key = (code, tuple(kind(t) for t in arguments), torch.get_num_threads())
     if key not in _compiled:
         _compiled[key] = _compile(module, arguments)
@@ -112,15 +150,21 @@ def capture(function: Function, tensors: Sequence[Tensor], *, compile: bool = Tr
     return Graph(run, constants, True, products, code)
 
 
-def text(function: Function, tensors: Sequence[Tensor]) -> str:
-    """The operations that a function performs now, as code; equal texts are equal graphs.
+def traced(function: Function, tensors: Sequence[Tensor]) -> tuple[str, tuple[Tensor, ...]]:
+    """The operations that a function performs now, as code, and their constants.
 
     Raises:
         CaptureError, ValueError: as by `capture`.
     """
-    module = _traced(function, tensors)
-    _lifted(module)
-    return module.code
+    module, constants = _traced(function, tensors)
+    return module.code, constants
+
+
+def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether constants are the same tensors or, made anew as literals are, have the same values."""
+    return len(first) == len(second) and all(
+        a is b or (kind(a) == kind(b) and torch.equal(a, b)) for a, b in zip(first, second, strict=True)
+    )
 
 
 def capturing() -> bool:
@@ -133,9 +177,12 @@ def capturing() -> bool:
 _compiled: OrderedDict[tuple[Any, ...], tuple[Function, str]] = OrderedDict()
 
 
-def _traced(function: Function, tensors: Sequence[Tensor]) -> GraphModule:
+def _traced(function: Function, tensors: Sequence[Tensor]) -> tuple[GraphModule, tuple[Tensor, ...]]:
+    """A function's graph, with its constants as further arguments, and these."""
+    used = _StandIns()
+
     def inside(*given: Tensor) -> Sequence[Tensor]:
-        with _StandIns(), _NoReading():
+        with used, _NoReading():
             return function(*given)
 
     apart = [t.detach() for t in tensors]  # one tensor given twice is two arguments all the same
@@ -152,7 +199,7 @@ def _traced(function: Function, tensors: Sequence[Tensor]) -> GraphModule:
         sizes = value.shape if isinstance(value, Tensor) else [value]
         if any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in sizes):
             raise CaptureError(_READS.format(node.target))
-    return module
+    return module, _lifted(module, {id(inside): own for own, inside in used.found.values()})
 
 
 @contextmanager
@@ -198,7 +245,7 @@ class _StandIns(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _NoReading(TorchFunctionMode):
     """While tracing, refuses to read numbers out of real tensors without an operation that could be seen."""
 
-    reading = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
+    reading = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__})
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -222,7 +269,7 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _lifted(module: GraphModule) -> tuple[Tensor, ...]:
+def _lifted(module: GraphModule, originals: dict[int, Tensor]) -> tuple[Tensor, ...]:
     """Turn the constants of a graph into further arguments, in order: compiled in, they would never change."""
     graph = module.graph
     constants: list[Tensor] = []
@@ -237,7 +284,7 @@ def _lifted(module: GraphModule) -> tuple[Tensor, ...]:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         arguments.append(new)
-        constants.append(value.detach())
+        constants.append(originals.get(id(value), value))
     module.recompile()
     return tuple(constants)
 
@@ -262,7 +309,7 @@ def _probing() -> ThreadPoolExecutor:
     has = cpu_vec_isa.x86_isa_checker()
     for isa in cpu_vec_isa.supported_vec_isa_list:
         if all(flag in has for flag in str(isa).split()):
-            pool.submit(bool, isa)
+            pool.submit(copy_context().run, bool, isa)  # with inductor's settings as they are here
     return pool
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ppl_vae.loop import Run
 
-__all__ = ["Anneal", "EarlyStop", "Hook", "LogCSV", "LogTensorBoard", "Progress", "linear"]
+__all__ = ["Anneal", "EarlyStop", "Hook", "LogCSV", "LogTensorBoard", "Progress", "cyclical", "linear"]
 
 
 class Hook:
@@ -136,6 +136,28 @@ def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     return lambda step: start + (end - start) * min(step / steps, 1.0)
+
+
+def cyclical(low: float, high: float, period: int, ratio: float = 0.5) -> Callable[[int], float]:
+    """A schedule that starts anew every ``period`` steps: a rise, then a rest (Fu et al. 2019, eq. 6).
+
+    Args:
+        low: value at the start of each cycle.
+        high: value that a cycle comes to, and keeps.
+        period: steps of a cycle.
+        ratio: which part of a cycle it rises in.
+
+    Raises:
+        ValueError: a period below one, a ratio outside (0, 1].
+
+    >>> [cyclical(0.0, 1.0, period=4)(s) for s in (0, 1, 2, 3, 4, 5)]
+    [0.0, 0.5, 1.0, 1.0, 0.0, 0.5]
+    """
+    if period < 1:
+        raise ValueError(f"period must be at least 1, got {period}")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be above 0 and at most 1, got {ratio}")
+    return lambda step: low + (high - low) * min(step % period / period / ratio, 1.0)
 
 
 class LogCSV(Hook):

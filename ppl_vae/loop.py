@@ -49,7 +49,7 @@ class Run:
         history: one row per epoch: epoch, step, train and valid (mean objective, nats per datum; valid as it was
             given to ``fit``, whatever is annealed), valid_stderr (over data), lr, seconds, per_second (data).
         updates: the optimizer steps that one batch makes, in order; the first one's value is reported.
-        schedule: the learning-rate scheduler, if there is one.
+        schedules: the learning-rate schedulers, one for each of the updates, or none.
         engine: how steps and validation run; ``run.engine.describe()`` tells what became of it.
         epoch: epochs done.
         step: steps done.
@@ -61,7 +61,7 @@ class Run:
     objective: Objective
     epochs: int
     updates: list[Update] = field(default_factory=list)
-    schedule: LRScheduler | None = None
+    schedules: list[LRScheduler] = field(default_factory=list)
     engine: Engine = field(default_factory=lambda: Engine("off"))
     validated: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Loop:
         self.first = 0  # the first step of this epoch
         self.best: dict[str, Tensor] | None = None
         self.good = self.latest = snapshot(run.pair)  # the latest is good once its objective is finite
-        self.given = snapshot(run.objective)
+        self.given = numbers(run.objective)
 
     def captured(self, feed: Feed) -> Captured:
         """The objective's values on a feed's items, without gradients."""
@@ -151,14 +151,15 @@ class Loop:
         self.first, total, count, pending = run.step, 0.0, 0, Pending()
         for item in self.train.epoch(self.seed, run.epoch):
             self.call("on_step")
-            if (run.epoch, run.step) == (1, self.first):  # what hooks change every epoch has been changed once
+            if run.step == self.first and self.looks_again():
                 for stepper in self.steppers:
                     stepper.recheck(item)
             values = [stepper(item) for stepper in self.steppers]
             pending.add(values[0], len(item[0]))
             run.step += 1
-            if run.schedule is not None and self.every_step:
-                run.schedule.step()
+            if self.every_step:
+                for schedule in run.schedules:
+                    schedule.step()
             if len(pending.values) == self.report_every:
                 total, count = self.read(pending, total, count)
         if pending.values:
@@ -185,13 +186,18 @@ class Loop:
         self.adjust(total / count if self.valid is None else mean)
         self.call("on_epoch")
 
+    def looks_again(self) -> bool:
+        """Whether, before this epoch, graphs are compared with what programs compute now: at 1, 2, 4, 8, ..."""
+        done = self.run.epoch
+        return done > 0 and done & (done - 1) == 0
+
     def adjust(self, value: float) -> None:
         """Step a scheduler that goes by epochs; one that watches gets the objective, or the loss."""
-        schedule = self.run.schedule
-        if isinstance(schedule, ReduceLROnPlateau):
-            schedule.step(value if schedule.mode == "max" else -value)
-        elif schedule is not None and not self.every_step:
-            schedule.step()
+        for schedule in self.run.schedules:
+            if isinstance(schedule, ReduceLROnPlateau):
+                schedule.step(value if schedule.mode == "max" else -value)
+            elif not self.every_step:
+                schedule.step()
 
     def read(self, pending: Pending, total: float, count: int) -> tuple[float, int]:
         """Bring the pending values to the host: the only wait for the device within an epoch."""
@@ -234,13 +240,17 @@ class Loop:
     def validate(self, valid: Feed, objective: Captured) -> tuple[float, float]:
         """Mean objective and its standard error over data; the same draws every time, the stream left alone."""
         pair, goal = self.run.pair.eval(), self.run.objective
-        annealed = snapshot(goal)
-        goal.load_state_dict(self.given)  # under a rising beta, the first epochs would look best
+        annealed = numbers(goal)
+        goal.load_state_dict(self.given, strict=False)  # under a rising beta, the first epochs would look best
         try:
             with seeded(self.seed, pair.device):
-                parts = [objective(*valid.columns, *item)[0] for item in valid.ordered()]
+                parts: list[Tensor] = []
+                for item in valid.ordered():
+                    if not parts and self.looks_again():
+                        objective.recheck((*valid.columns, *item))
+                    parts.append(objective(*valid.columns, *item)[0])
         finally:
-            goal.load_state_dict(annealed)
+            goal.load_state_dict(annealed, strict=False)
         values = torch.cat(parts).double().cpu()
         if values.isnan().any():
             wrong = next(i for i, part in enumerate(parts) if part.isnan().any())
@@ -274,8 +284,14 @@ class Pending:
         return values, sizes, seconds
 
 
+def numbers(objective: nn.Module) -> dict[str, Tensor]:
+    """A copy of an objective's own numbers, such as beta, which hooks anneal; of nets in it, nothing."""
+    own = [(f"{path}." if path else "", m) for path, m in objective.named_modules() if not m._parameters]
+    return {prefix + name: b.detach().clone() for prefix, m in own for name, b in m.named_buffers(recurse=False)}
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters and buffers, of a pair or an objective."""
+    """A copy of all parameters and buffers."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import pyro
 import torch
@@ -19,13 +21,35 @@ from ppl_vae.bounds import Bound, elbo, iwae
 from ppl_vae.estimators import Estimator, pathwise, require_reparameterised
 from ppl_vae.layout import Layout, inspect
 from ppl_vae.pairs import Batch, Pair
-from ppl_vae.traces import KL, log_terms, require_guided
+from ppl_vae.sites import statements
+from ppl_vae.traces import KL, check_table, log_terms, require_guided, run_guide, run_model, tabulate
 
-__all__ = ["ELBO", "IWAE", "BoundObjective", "Objective", "PyroObjective", "as_objective"]
+__all__ = ["ELBO", "IWAE", "BoundObjective", "Objective", "Part", "PyroObjective", "as_objective"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the optimizer steps that a batch makes.
+
+    Attributes:
+        name: what its value is called in errors.
+        objective: what it maximises.
+        trains: whose parameters it trains: those that the "model" or the "guide" depends on, and modules'.
+        optimizer: parameters -> optimizer; None for that of the run.
+    """
+
+    name: str
+    objective: Objective
+    trains: tuple[str | nn.Module, ...]
+    optimizer: Callable[[list[nn.Parameter]], Any] | None = None
 
 
 class Objective(nn.Module, ABC):
     """What `ppl_vae.fit` maximises: ``forward(pair, *batch) -> (B,)``, nats per datum."""
+
+    def parts(self) -> tuple[Part, ...]:
+        """The steps that a batch makes, in order; the first one's value is reported, and validated."""
+        return (Part("objective", self, ("model", "guide", self)),)
 
     @abstractmethod
     def forward(self, pair: Pair, *batch: Tensor) -> Tensor:
@@ -50,9 +74,12 @@ class BoundObjective(Objective):
         beta: weight of the rate, part of the importance weight (Higgins et al. 2017, eq. 4). It is a buffer, so
             a hook may anneal it. With beta other than 1 the value is no bound on log p(x).
         kl: whether the rate is a closed form; see `ppl_vae.traces.log_terms`.
+        penalties: what is subtracted from the bound, from the same run of the programs, with pathwise gradients;
+            see `ppl_vae.penalties`. With them the value is no bound on log p(x).
 
     Raises:
-        ValueError: an estimator that cannot be called, fewer than one particle, negative beta, unknown kl.
+        ValueError: an estimator that cannot be called, fewer than one particle, negative beta, unknown kl;
+            penalties beside another estimator than `pathwise`.
     """
 
     beta: Tensor
@@ -65,6 +92,7 @@ class BoundObjective(Objective):
         particles: int = 1,
         beta: float = 1.0,
         kl: KL = "sampled",
+        penalties: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         if not callable(estimator):
@@ -75,12 +103,31 @@ class BoundObjective(Objective):
             raise ValueError(f"beta must be finite and not negative, got {beta}")
         if kl not in ("sampled", "analytic", "auto"):
             raise ValueError(f"kl must be 'sampled', 'analytic' or 'auto', got {kl!r}")
+        if penalties and estimator is not pathwise:
+            raise ValueError("penalties have pathwise gradients; take them with the estimator pathwise")
+        self.penalties = nn.ModuleList(penalties)
         self.bound, self.estimator, self.particles, self.kl = bound, estimator, particles, kl
         self.register_buffer("beta", torch.tensor(float(beta)))
 
     def forward(self, pair: Pair, *batch: Tensor) -> Tensor:
-        """Return the bound per datum, (B,)."""
-        return self.estimator(self.bound, pair, *batch, particles=self.particles, beta=self.beta, kl=self.kl)
+        """Return the bound per datum, (B,), less the penalties."""
+        if not self.penalties:
+            return self.estimator(self.bound, pair, *batch, particles=self.particles, beta=self.beta, kl=self.kl)
+        check_table(pair, batch, self.particles)
+        guide = run_guide(pair, batch, self.particles)
+        model = run_model(pair, batch, self.particles, guide)
+        terms = tabulate(model, guide, batch, self.particles, kl=self.kl)
+        require_reparameterised(terms)
+        value = self.bound(terms.weight(self.beta))
+        for penalty in self.penalties:
+            value = value - penalty(statements(model), statements(guide), batch)
+        return value
+
+    def parts(self) -> tuple[Part, ...]:
+        """A step of the pair, and of what the estimator learns; then the penalties' own, such as a critic's."""
+        learned = (self.estimator,) if isinstance(self.estimator, nn.Module) else ()
+        others = [part for penalty in self.penalties for part in cast(Any, penalty).parts()]
+        return Part("objective", self, ("model", "guide", *learned)), *others
 
     def extra_repr(self) -> str:
         """Name the bound and its settings."""
@@ -90,7 +137,12 @@ class BoundObjective(Objective):
 
 
 def ELBO(  # noqa: N802
-    particles: int = 1, *, kl: KL = "sampled", beta: float = 1.0, estimator: Estimator = pathwise
+    particles: int = 1,
+    *,
+    kl: KL = "sampled",
+    beta: float = 1.0,
+    estimator: Estimator = pathwise,
+    penalties: Sequence[nn.Module] = (),
 ) -> BoundObjective:
     """The evidence lower bound, averaged over ``particles`` draws (Kingma & Welling 2014).
 
@@ -99,8 +151,9 @@ def ELBO(  # noqa: N802
         kl: "sampled" (eq. 2, as Pyro's Trace_ELBO), "analytic" (eq. 3, as TraceMeanField_ELBO), or "auto".
         beta: weight of the KL.
         estimator: of the gradient; `doubly` is sticking the landing (Roeder et al. 2017), with a sampled KL.
+        penalties: what is subtracted, such as `ppl_vae.penalties.MMD`.
     """
-    return BoundObjective(elbo, estimator, particles=particles, beta=beta, kl=kl)
+    return BoundObjective(elbo, estimator, particles=particles, beta=beta, kl=kl, penalties=penalties)
 
 
 def IWAE(particles: int = 5, *, estimator: Estimator = pathwise) -> BoundObjective:  # noqa: N802

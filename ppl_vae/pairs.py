@@ -117,6 +117,12 @@ class Pair(nn.Module):
         return getattr(model, "__self__", model)
 
     @property
+    def owners(self) -> tuple[Any, ...]:
+        """Objects whose methods model and guide are, where they are no modules."""
+        found = (getattr(program, "__self__", None) for program in self.callables)
+        return tuple(o for o in found if not isinstance(o, nn.Module) and hasattr(o, "__dict__"))
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are; the CPU while there are none."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from ppl_vae.conditionals import Conditional, NetScale, Normal
+from ppl_vae.conditionals import Conditional, NetScale, Normal, bounded
+from ppl_vae.flows import Flow, Flowed
 
-__all__ = ["StandardNormal", "conditional_normal"]
+__all__ = [
+    "LearnedNormal",
+    "MixturePrior",
+    "StandardNormal",
+    "UniformCodes",
+    "VampPrior",
+    "conditional_normal",
+    "flow_prior",
+]
+
+
+def _at_least_one(**sizes: int) -> None:
+    """Raise ValueError, naming it, for a size below one."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 class StandardNormal(Conditional):
@@ -24,8 +43,7 @@ class StandardNormal(Conditional):
 
     def __init__(self, latent: int) -> None:
         super().__init__()
-        if latent < 1:
-            raise ValueError(f"latent must be at least 1, got {latent}")
+        _at_least_one(latent=latent)
         self.register_buffer("loc", torch.zeros(latent))
         self.register_buffer("scale", torch.ones(latent))
         self.loc: Tensor
@@ -39,3 +57,186 @@ class StandardNormal(Conditional):
 def conditional_normal(net: nn.Module) -> Normal:
     """p(z | c) = N(μ(c), diag σ²(c)) (Sohn et al. 2015, section 4.1); ``net`` gives ``2 * latent`` numbers."""
     return Normal(net, NetScale())
+
+
+class LearnedNormal(Conditional):
+    """N(μ, diag σ²) with learned μ and σ, whatever the context; N(0, I) before training.
+
+    Raises:
+        ValueError: ``latent`` below one.
+
+    >>> LearnedNormal(20)().event_shape
+    torch.Size([20])
+    """
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        _at_least_one(latent=latent)
+        self.loc = nn.Parameter(torch.zeros(latent))
+        self.log_scale = nn.Parameter(torch.zeros(latent))
+
+    def forward(self, *context: Tensor) -> TorchDistribution:
+        """Return the normal without batch shape."""
+        return dist.Normal(self.loc, bounded(self.log_scale).exp()).to_event(1)
+
+
+class MixturePrior(Conditional):
+    """Σ_m π_m N(μ_m, diag σ_m²) with learned weights, means and scales, whatever the context.
+
+    Before training the weights are equal, the means drawn from N(0, spread²) and the scales such that the mixture
+    as a whole is about as wide as N(0, I): apart, so that components can take different parts of the latents.
+
+    Args:
+        latent: dimensions of z.
+        components: M.
+        spread: standard deviation of the first means, between 0 and 1.
+
+    Raises:
+        ValueError: ``latent`` or ``components`` below one; ``spread`` not between 0 and 1.
+
+    >>> MixturePrior(20, components=10)().event_shape
+    torch.Size([20])
+    """
+
+    def __init__(self, latent: int, components: int, *, spread: float = 0.8) -> None:
+        super().__init__()
+        _at_least_one(latent=latent, components=components)
+        if not 0 < spread < 1:
+            raise ValueError(f"spread must lie between 0 and 1, got {spread}")
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(spread * torch.randn(components, latent))
+        self.log_scale = nn.Parameter(torch.full((components, latent), math.log(1 - spread**2) / 2))
+
+    def forward(self, *context: Tensor) -> TorchDistribution:
+        """Return the mixture without batch shape."""
+        components = dist.Normal(self.loc, bounded(self.log_scale).exp()).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+
+
+class VampPrior(Conditional):
+    """The mixture of posteriors at learned pseudo-inputs, Σ_m π_m q(z | u_m) (Tomczak & Welling 2018, eq. 9).
+
+    Its parameters are u and π; those of the posterior are the program's, which registers it. The prior refers to
+    the posterior that it was given: another, put in the program later, needs another prior.
+
+    Args:
+        posterior: q(z | x) of x alone, whose distribution has a density at values of any broadcast shape.
+        inputs: the first pseudo-inputs (M, *event), as the posterior takes them.
+        unit: keep them between 0 and 1, through a sigmoid, as data in [0, 1] are; the first ones are then pulled
+            to within [.01, .99]. Without it they are free, as suits data of any scale.
+        learned_weights: learn π, equal in the beginning, instead of keeping 1 / M (section 2.3 has it constant).
+
+    Raises:
+        ValueError: inputs that are not rows of numbers in floating point or, with ``unit``, not in [0, 1].
+
+    >>> from ppl_vae.nets import MLP
+    >>> posterior = Normal(MLP(784, 200, 2 * 20), NetScale())
+    >>> VampPrior(posterior, torch.rand(50, 784), unit=True)().event_shape
+    torch.Size([20])
+    """
+
+    def __init__(
+        self,
+        posterior: Callable[[Tensor], TorchDistribution],
+        inputs: Tensor,
+        *,
+        unit: bool = False,
+        learned_weights: bool = False,
+    ) -> None:
+        super().__init__()
+        if inputs.dim() < 2 or not inputs.is_floating_point():
+            raise ValueError(
+                f"inputs: expected rows in floating point, (M, *event), got {tuple(inputs.shape)} {inputs.dtype}"
+            )
+        if unit and not 0 <= float(inputs.min()) <= float(inputs.max()) <= 1:
+            raise ValueError("inputs: with unit=True they must lie in [0, 1]; rescale the data, or use unit=False")
+        self.__dict__["posterior"] = posterior  # unregistered: its weights are the program's, and saved there
+        self.unit = unit
+        self.raw = nn.Parameter(torch.logit(inputs, eps=0.01) if unit else inputs.clone())
+        weights = torch.zeros(len(inputs))
+        self.logits: Tensor
+        if learned_weights:
+            self.logits = nn.Parameter(weights)
+        else:
+            self.register_buffer("logits", weights)
+
+    @classmethod
+    def from_data(
+        cls,
+        posterior: Callable[[Tensor], TorchDistribution],
+        x: Tensor,
+        components: int,
+        *,
+        unit: bool = False,
+        learned_weights: bool = False,
+    ) -> VampPrior:
+        """A prior whose first pseudo-inputs are rows of the data, drawn without replacement.
+
+        Args:
+            posterior: as above.
+            x: data (N, *event), as the posterior takes them; uint8 pixels count as x / 255.
+            components: M, at most N.
+            unit: as above.
+            learned_weights: as above.
+
+        Raises:
+            ValueError: fewer than one component, or more than there are data.
+        """
+        if not 1 <= components <= len(x):
+            raise ValueError(f"components must be from 1 to the {len(x)} rows of the data, got {components}")
+        rows = x[torch.randperm(len(x))[:components].to(x.device)]
+        rows = rows / 255 if rows.dtype == torch.uint8 else rows
+        return cls(posterior, rows, unit=unit, learned_weights=learned_weights)
+
+    @property
+    def inputs(self) -> Tensor:
+        """The pseudo-inputs, (M, *event), as the posterior sees them."""
+        return self.raw.sigmoid() if self.unit else self.raw
+
+    def forward(self, *context: Tensor) -> TorchDistribution:
+        """Return the mixture without batch shape."""
+        posterior: Callable[[Tensor], TorchDistribution] = self.__dict__["posterior"]
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), posterior(self.inputs))
+
+
+def flow_prior(latent: int, *flows: Flow) -> Flowed:
+    """N(0, I) pushed through flows, p(z) = N(f⁻¹(z); 0, I) |det ∂f⁻¹/∂z|; N(0, I) before training.
+
+    Take flows whose density at a given z is cheap: `ppl_vae.masked_autoregressive`, `ppl_vae.coupling` or
+    `ppl_vae.radial`. The others work too, through their inverses.
+
+    Raises:
+        ValueError: ``latent`` below one; no flows.
+
+    >>> from ppl_vae.triangular import masked_autoregressive
+    >>> flow_prior(20, *masked_autoregressive(20))().event_shape
+    torch.Size([20])
+    """
+    return Flowed(StandardNormal(latent), *flows)
+
+
+class UniformCodes(Conditional):
+    """Codes 0 .. codes - 1, each as likely as any other, at every place of a grid; nothing is learned.
+
+    Args:
+        codes: how many there are.
+        shape: of the grid, such as (7, 7); it is the event's.
+
+    Raises:
+        ValueError: fewer than one code, or a grid without places.
+
+    >>> UniformCodes(512, (7, 7))().event_shape
+    torch.Size([7, 7])
+    """
+
+    def __init__(self, codes: int, shape: Sequence[int]) -> None:
+        super().__init__()
+        _at_least_one(codes=codes)
+        if not shape or min(shape) < 1:
+            raise ValueError(f"shape must be one or more positive lengths, got {tuple(shape)}")
+        self.register_buffer("logits", torch.zeros(*shape, codes))
+        self.logits: Tensor
+
+    def forward(self, *context: Tensor) -> TorchDistribution:
+        """Return the distribution without batch shape."""
+        return dist.Categorical(logits=self.logits).to_event(self.logits.dim() - 1)

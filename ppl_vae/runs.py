@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ from ppl_vae.evaluate import decode, encode, reconstruct, sample
 from ppl_vae.files import PathLike, write_whole
 from ppl_vae.film import Film
 from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, linear
-from ppl_vae.models import CVAE
 from ppl_vae.pairs import as_pair
 from ppl_vae.plots import (
     curves,
@@ -101,7 +101,7 @@ class RunFolder:
             raise ValueError(
                 f"data: pictures of {config.data} have shape {images.shape}, those of the run {self.shape}"
             )
-        if isinstance(self.program, CVAE) and images.classes != self.classes:
+        if takes_condition(self.program) and images.classes != self.classes:
             raise ValueError(f"data: {config.data} has labels {images.classes}, the run {self.classes}")
         return images
 
@@ -149,7 +149,8 @@ def train_run(
 
 
 def _fit(record: RunFolder, images: Images, device: torch.device, progress: bool) -> Run:
-    config, objective = record.config, objective_of(record.config)
+    config, size = record.config, len(images.train.columns[0])
+    objective = objective_of(config, record.program, images.shape, size)
     schedule = SCHEDULES[config.schedule]
     return fit(
         record.program,
@@ -190,7 +191,12 @@ def _shown(config: Config, split: Split, program: nn.Module) -> tuple[Tensor, ..
     """All rows of a split as the program takes them: pixels, and for a conditional model labels."""
     with seeded(config.seed):
         batch = presented(config, split).present(slice(None))
-    return batch if isinstance(program, CVAE) else batch[:1]
+    return batch if takes_condition(program) else batch[:1]
+
+
+def takes_condition(program: Any) -> bool:
+    """Whether a program takes labels besides the data."""
+    return len(signature(program.model).parameters) > 1
 
 
 def load_run(folder: PathLike) -> RunFolder:
@@ -258,15 +264,17 @@ def _inferred(run: RunFolder, images: Images) -> dict[str, Figure]:
     shown = _shown(run.config, split, program)
     some = tuple(column[:30] for column in shown)
     figures = {"reconstructions.png": reconstructions(some[0], reconstruct(program, *some).cpu(), run.shape)}
-    z = encode(program, *shown)["z"].cpu()
+    codes = encode(program, *shown)
+    name = min(codes)  # of several levels, that next to the data
+    z = codes[name].cpu()
     flat = z.shape[1] <= 2
     if not flat and len(z) < 2:
         return figures  # no plane through a single code
     figures["latent.png"] = latent_scatter(z, split.y, images.classes)
-    if z.shape[1] > 1 and not isinstance(program, CVAE):
-        lift = None if flat else pca_plane(z)[1]
+    if z.shape[1] > 1 and not takes_condition(program):
+        lift = (lambda plane: plane) if flat else pca_plane(z)[1]
         figures["plane.png"] = latent_plane(
-            lambda plane: decode(program, {"z": plane if lift is None else lift(plane)}).cpu(),
+            lambda plane: decode(program, {name: lift(plane)}).cpu(),
             run.shape,
             names=("$z_1$", "$z_2$") if flat else ("principal component 1", "principal component 2"),
         )
@@ -275,7 +283,7 @@ def _inferred(run: RunFolder, images: Images) -> dict[str, Figure]:
 
 def _generated(run: RunFolder) -> dict[str, Figure]:
     """Means of draws from the prior; of a conditional model, a row for each label."""
-    if not isinstance(run.program, CVAE):
+    if not takes_condition(run.program):
         return {"samples.png": samples(sample(run.program, 64, mean=True).cpu(), run.shape)}
     rows = torch.arange(min(len(run.classes), MOST_ROWS)).repeat_interleave(10)
     means = sample(run.program, len(rows), rows, mean=True).cpu()

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ppl_vae.batches import Data, Source
 from ppl_vae.capture import Captured, Compile, Engine
 from ppl_vae.graphs import CudaGraph, first_line, kind
+from ppl_vae.holding import Key
 from ppl_vae.pairs import Batch
 from ppl_vae.transforms import Transform
 from ppl_vae.updates import Update, gradients
@@ -106,11 +107,12 @@ class _Gradients(Captured):
         obstacle = update.objective.obstacle(update.pair)
         super().__init__(engine, [update.pair, update.objective], value, feed.uses, obstacle)
         self.update = update
-        self.used: dict[Any, list[bool]] = {}
+        self.used: dict[Key, list[bool]] = {}
+        self.seen: list[list[bool]] = []  # the same, while it runs as it is or is traced
 
     def key(self, arguments: Sequence[Tensor]) -> tuple[Any, ...]:
         """What a graph is made for; groups of parameters may come to an optimizer later."""
-        return (*super().key(arguments), *[len(g["params"]) for g in self.update.optimizer.param_groups])
+        return (*super().key(arguments), *map(id, self.update.parameters))
 
     def plain(self, *arguments: Tensor) -> Sequence[Tensor]:
         """The value and the gradients at the parameters themselves."""
@@ -118,35 +120,52 @@ class _Gradients(Captured):
             (value,) = self.function(*arguments)
             return self.found(value, self.update.parameters)
 
-    def outputs(self, state: dict[str, Tensor], arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+    def outputs(
+        self, own: Sequence[Tensor], given: Sequence[Tensor], arguments: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
         """The value and the gradients at other tensors than the parameters."""
-        names, parameters = {id(p): name for name, p in self.holder.named_parameters()}, self.update.parameters
-        leaves = {names[id(p)]: state[names[id(p)]].detach().requires_grad_(p.requires_grad) for p in parameters}
-        state |= leaves
+        parameters = self.update.parameters
+        state = [
+            g.detach().requires_grad_(p.requires_grad) if isinstance(p, nn.Parameter) else g
+            for p, g in zip(own, given, strict=True)
+        ]
+        places = {id(p): leaf for p, leaf in zip(own, state, strict=True)}
+        leaves = [
+            places[id(p)] if id(p) in places else torch.empty_like(p, requires_grad=True) for p in parameters
+        ]
         with self.update.products():
-            (value,) = super().outputs(state, arguments)
+            (value,) = super().outputs(own, state, arguments)
             # A net that a plain function closes over is out of reach: it goes on using its own parameters, which
             # the graph has as constants where they live.
-            return self.found(value, [*leaves.values()], parameters)
+            return self.found(value, leaves, parameters)
 
     def found(self, value: Tensor, *places: Sequence[Tensor]) -> Sequence[Tensor]:
         """The value and its gradients, each parameter's at the one of its places that the value depends on."""
         detached, found = gradients(value, places, self.update.clip_norm)
-        self.used[self.running] = [g is not None for g in found]
+        self.seen.append([g is not None for g in found])
         return [detached, *(g for g in found if g is not None)]
+
+    def run(self, key: Key, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run on arguments that have this key."""
+        self.seen.clear()
+        results = super().run(key, arguments)
+        if self.seen:  # it has run as it is, or was traced
+            self.used[self.running] = self.seen[-1]
+        return results
 
     def step(self, *arguments: Tensor) -> Tensor:
         """Take the update's step; return the value."""
-        key = self.key(arguments)
-        value, *found = self.run(key, arguments)
+        value, *found = self(*arguments)
         rest = iter(found)
-        self.update.apply([next(rest) if used else None for used in self.used[key]])
+        self.update.apply([next(rest) if used else None for used in self.used[self.running]])
         return value
 
     def device_only(self, arguments: Sequence[Tensor]) -> bool:
         """Whether such arguments have a graph all of whose tensors lie on the GPU, so that it can be recorded."""
         found = self.graphs.get(self.key(arguments))
-        return found is not None and all(t.is_cuda for t in (*arguments, *found.own, *found.graph.constants))
+        return found is not None and all(
+            t.is_cuda for t in (*arguments, *found.state.read(), *found.graph.constants)
+        )
 
 
 class Stepper:

@@ -18,11 +18,12 @@ from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from ppl_vae.layout import Layout, inspect
-from ppl_vae.pairs import Batch, Pair
+from ppl_vae.pairs import Batch, Pair, evaluating
+from ppl_vae.rng import seeded
 from ppl_vae.sites import Site, base, data_first, family, hand_scale, plate_shape, statements
 
 __all__ = [
@@ -30,13 +31,17 @@ __all__ = [
     "LogTerms",
     "by_datum",
     "check_table",
+    "log_density",
     "log_joint",
     "log_terms",
+    "mean_field_problem",
     "require_guided",
     "run_guide",
     "run_model",
     "run_pair",
+    "site_kl",
     "tabulate",
+    "trained_by",
     "with_values",
 ]
 
@@ -126,21 +131,31 @@ def log_joint(pair: Pair, latents: Mapping[str, Tensor], *batch: Tensor) -> Tens
 
 
 def tabulate(
-    model: Trace, guide: Trace, batch: Batch, particles: int, *, kl: KL = "sampled", keep_scales: bool = False
+    model: Trace,
+    guide: Trace,
+    batch: Batch,
+    particles: int,
+    *,
+    kl: KL = "sampled",
+    keep_scales: bool = False,
+    posterior: Tensor | None = None,
 ) -> LogTerms:
-    """The table of a run of the guide and of a run of the model on its values; arguments as in `log_terms`."""
+    """The table of a run of the guide and of a run of the model on its values; arguments as in `log_terms`.
+
+    The guide's log-densities may be given, if they were taken before.
+    """
     p, q = statements(model), statements(guide)
     zeros = _zeros(batch, particles)
     latents = [s for s in p.values() if not s["is_observed"]]
     closed = None
     if kl != "sampled":
-        terms = [_kl(s["name"], p, q, kl, keep_scales) for s in latents]
+        terms = [site_kl(s["name"], p, q, kl, keep_scales) for s in latents]
         auxiliary = [s for s in q.values() if s["name"] not in p]
         closed = _sum([*terms, *([_total(auxiliary, zeros, keep_scales)] if auxiliary else [])], zeros)
     return LogTerms(
         likelihood=_total((s for s in p.values() if s["is_observed"]), zeros, keep_scales),
         prior=_total(latents, zeros, keep_scales),
-        posterior=_total(q.values(), zeros, keep_scales),
+        posterior=_total(q.values(), zeros, keep_scales) if posterior is None else posterior,
         samples={name: s["value"] for name, s in q.items()},
         kl=closed,
         score_only=tuple(name for name, s in q.items() if not s["fn"].has_rsample),
@@ -160,6 +175,31 @@ def _sum(terms: Iterable[Tensor], zeros: Tensor) -> Tensor:
 def _total(sites: Iterable[Site], zeros: Tensor, keep_scales: bool = False) -> Tensor:
     """Log-densities of sites at their values, (K, B)."""
     return _sum((_per_datum(s, s["fn"].log_prob(s["value"]), keep_scales) for s in sites), zeros)
+
+
+def log_density(sites: Iterable[Site], batch: Batch, particles: int) -> Tensor:
+    """Log-densities of some sites at their values, (K, B), in nats."""
+    return _total(sites, _zeros(batch, particles))
+
+
+def trained_by(pair: Pair, batch: Batch) -> dict[str, list[nn.Parameter]]:
+    """The parameters that "model" and "guide" depend on; some, as those of a VampPrior's posterior, on both."""
+    wanted = [p for p in pair.parameters() if p.requires_grad]
+    with evaluating(pair), seeded(None, batch[0].device), torch.enable_grad():
+        check_table(pair, batch, 1)
+        drawn = run_guide(pair, batch, 1)
+        model = statements(run_model(pair, batch, 1, with_values(drawn, Tensor.detach)))
+        guide = statements(drawn)
+        draws = [s["value"].sum() for s in guide.values() if s["value"].requires_grad]
+        values = {
+            "model": log_density(model.values(), batch, 1).sum(),
+            "guide": log_density(guide.values(), batch, 1).sum() + sum(draws),
+        }
+        found = {
+            name: torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()
+            for name, value in values.items()
+        }
+    return {n: [p for p, g in zip(wanted, gs, strict=False) if g is not None] for n, gs in found.items()}
 
 
 def run_guide(pair: Pair, batch: Batch, particles: int, given: Trace | None = None) -> Trace:
@@ -267,10 +307,10 @@ def _running() -> Iterator[None]:
         raise
 
 
-def _kl(name: str, model: dict[str, Site], guide: dict[str, Site], kind: KL, keep_scales: bool) -> Tensor:
+def site_kl(name: str, model: dict[str, Site], guide: dict[str, Site], kind: KL, keep_scales: bool) -> Tensor:
     """KL(q || p) of one latent site, closed if it may be, else log q - log p of its draw."""
     p, q = model[name], guide[name]
-    problem = _mean_field_problem(name, model, guide)
+    problem = mean_field_problem(name, model, guide)
     if problem is None and not isinstance(base(q["fn"]), Delta):  # Pyro's closed KL drops a Delta's log_density
         try:
             return _per_datum(q, kl_divergence(q["fn"], p["fn"]), keep_scales)
@@ -282,7 +322,7 @@ def _kl(name: str, model: dict[str, Site], guide: dict[str, Site], kind: KL, kee
     return log_q - _per_datum(p, p["fn"].log_prob(p["value"]), keep_scales)
 
 
-def _mean_field_problem(name: str, model: dict[str, Site], guide: dict[str, Site]) -> str | None:
+def mean_field_problem(name: str, model: dict[str, Site], guide: dict[str, Site]) -> str | None:
     """Why the closed KL of a site would be wrong, if it would.
 
     It integrates z out while what p(z | parents) depends on stays fixed. That is right only if no parent of z

@@ -11,14 +11,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ppl_vae.batches import prepare
+from ppl_vae.batches import Source, prepare
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.hooks import Hook, Progress
 from ppl_vae.loop import Loop, NonFiniteError, Run
-from ppl_vae.objectives import ELBO, Objective, as_objective
+from ppl_vae.objectives import ELBO, Objective, Part, as_objective
 from ppl_vae.pairs import Pair, Program, as_pair
 from ppl_vae.rng import seeded
 from ppl_vae.steps import Feed
+from ppl_vae.traces import trained_by
 from ppl_vae.updates import Precision, Update
 
 __all__ = ["NonFiniteError", "Run", "Update", "as_device", "default_device", "fit"]
@@ -80,7 +81,8 @@ def fit(
         objective: `ELBO`, `IWAE`, any `Objective`, or any ELBO of ``pyro.infer``; default ``ELBO()``.
         epochs: passes over ``train``.
         batch_size: rows per step; a stream keeps its own.
-        optimizer: parameters -> torch optimizer, e.g. ``functools.partial(torch.optim.Adam, lr=2e-3)``.
+        optimizer: parameters -> torch optimizer, e.g. ``functools.partial(torch.optim.Adam, lr=2e-3)``; called
+            once for each step that the objective has a batch make.
         scheduler: optimizer -> torch learning-rate scheduler; a `ReduceLROnPlateau` watches the objective (on
             ``valid`` where given), negated if its mode is "min".
         scheduler_every: when it steps.
@@ -122,14 +124,16 @@ def fit(
         source = prepare(pair, train, batch_size, device)
         held_out = None if valid is None else prepare(pair, valid, batch_size, device)
         pair.to(device)  # parameters that the first run created
-        parameters = [p for p in pair.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError("program: it has no parameters to train; register nets with pyro.module")
-        update = Update("objective", pair, goal, _made(optimizer, parameters), clip_norm, precision)
-        schedule = None if scheduler is None else scheduler(update.optimizer)
-        if scheduler_every == "step" and isinstance(schedule, ReduceLROnPlateau):
+        updates = [
+            Update(
+                part.name, pair, part.objective, _made(part.optimizer or optimizer, found), clip_norm, precision
+            )
+            for part, found in _parts(goal, pair, source, batch_size)
+        ]
+        schedules = [] if scheduler is None else [scheduler(update.optimizer) for update in updates]
+        if scheduler_every == "step" and any(isinstance(s, ReduceLROnPlateau) for s in schedules):
             raise ValueError("scheduler_every: ReduceLROnPlateau watches a whole epoch; use 'epoch'")
-        run = Run(pair, goal, epochs, [update], schedule, engine, validated=held_out is not None)
+        run = Run(pair, goal, epochs, updates, schedules, engine, validated=held_out is not None)
         Loop(
             run,
             Feed(source, batch_size, epochs),
@@ -147,6 +151,27 @@ def _moved(objective: Objective, device: torch.device) -> Objective:
     for buffer in objective.buffers():
         buffer.data = buffer.data.to(device)
     return objective.to(device)
+
+
+def _parts(goal: Objective, pair: Pair, source: Source, size: int) -> list[tuple[Part, list[nn.Parameter]]]:
+    """The steps that a batch makes, each with the parameters that it trains."""
+    everything = [p for p in pair.parameters() if p.requires_grad]
+    if not everything:
+        raise ValueError("program: it has no parameters to train; register nets with pyro.module")
+    known: dict[str, list[nn.Parameter]] = {}
+    found = []
+    for part in goal.parts():
+        if {"model", "guide"} <= {*part.trains}:
+            own = everything
+        else:
+            known = known or trained_by(pair, next(iter(source.batches(size))))
+            own = [p for name in part.trains if isinstance(name, str) for p in known[name]]
+        more = [p for module in part.trains if isinstance(module, nn.Module) for p in module.parameters()]
+        parameters = list(dict.fromkeys([*own, *(p for p in more if p.requires_grad)]))
+        if not parameters:
+            raise ValueError(f"objective: {part.name} has no parameters to train")
+        found.append((part, parameters))
+    return found
 
 
 def _made(optimizer: Any, parameters: list[nn.Parameter]) -> Optimizer:

@@ -1,4 +1,4 @@
-"""Transforms of pictures as batches are presented: binary pixels, redrawn or cut at a level."""
+"""Transforms of pictures as batches are presented: binary pixels, redrawn or cut at a level, or dequantised."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["Transform", "redraw", "threshold"]
+__all__ = ["LEVELS", "Transform", "dequantise", "redraw", "threshold"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,3 +68,34 @@ def threshold(level: float = 0.5) -> Transform:
     if not 0 <= level < 1:
         raise ValueError(f"level must be in [0, 1), got {level}")
     return Transform(f"threshold({level:g})", lambda x: (x > level).to(x.dtype))
+
+
+class _Levels(constraints.Constraint):
+    """Multiples of 1/255 in [0, 1], up to what rounding leaves of them."""
+
+    def check(self, value: Tensor) -> Tensor:
+        level = 255 * value
+        return (level >= -1e-3) & (level <= 255 + 1e-3) & ((level - level.round()).abs() <= 1e-3)
+
+    def __repr__(self) -> str:
+        return "pixels of 8 bits, 0, 1/255, ..., 1"
+
+
+LEVELS = _Levels()
+"""Constraint: what bytes are presented as."""
+
+
+def _dequantised(x: Tensor) -> Tensor:
+    """(255 x + u) / 256, kept a rounding error away from 0 and 1, where some densities are infinite."""
+    level = 255 * x.to(torch.promote_types(x.dtype, torch.float32))
+    inside = torch.finfo(x.dtype).eps
+    return ((level.round() + torch.rand_like(level)) / 256).to(x.dtype).clamp(inside, 1 - inside)
+
+
+dequantise = Transform("dequantise", _dequantised, LEVELS)
+"""Transform: y = (255 x + u) / 256, u uniform on [0, 1) and drawn anew each time a batch is presented.
+
+It takes pixels of 8 bits, 0, 1/255, ..., 1, and gives each level its own 256th of (0, 1), so that a density cannot
+grow beyond all bounds on single levels. A density of y is a lower bound on the probability of levels: log P(x) ≥
+E[log p(y)] - D log 256 (Theis et al. 2016, section 3.1); see `ppl_vae.pixels.bits_per_dimension`.
+"""

@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 
-from ppl_vae.bounds import elbo, iwae
+from ppl_vae.bounds import Grouped, Mixed, Renyi, Thermodynamic, derivatives, elbo, iwae
 
-BOUNDS = pytest.mark.parametrize("bound", [elbo, iwae])
+
+def named(bound):
+    return getattr(bound, "__name__", repr(bound))  # a function's repr holds an address
+
+
+OF_ALL = [elbo, iwae, Renyi(0.5), Renyi(-1.0), Mixed(0.3), Thermodynamic((0, 0.1, 0.4))]
+BOUNDS = pytest.mark.parametrize("bound", OF_ALL, ids=named)
 
 
 def weights(particles, data=5, seed=0, spread=2.0):
@@ -88,3 +94,70 @@ def test_gradients_are_normalised_weights():
     torch.testing.assert_close(gradient, w.softmax(0).detach())
     (gradient,) = torch.autograd.grad(elbo(w).sum(), w)
     torch.testing.assert_close(gradient, torch.full_like(w, 1 / 7))
+
+
+# ---- families of bounds
+def test_renyis_bounds_lead_from_one_to_the_other():
+    w = weights(6)
+    torch.testing.assert_close(Renyi(0.0)(w), iwae(w))
+    torch.testing.assert_close(Renyi(1 - 1e-6)(w), elbo(w), rtol=1e-4, atol=1e-4)
+    values = torch.stack([Renyi(alpha)(w) for alpha in (-5.0, -1.0, 0.0, 0.3, 0.9, 2.0)])
+    assert bool((values.diff(dim=0) < 0).all())
+    torch.testing.assert_close(Renyi(-1e4)(w), w.max(0).values, rtol=0, atol=1e-2)
+    by_hand = (0.5 * w).exp().mean(0).log() / 0.5
+    torch.testing.assert_close(Renyi(0.5)(w), by_hand)
+
+
+def test_groups_lead_from_one_to_the_other():
+    w = weights(6)
+    torch.testing.assert_close(Grouped(iwae, 1)(w), iwae(w))
+    torch.testing.assert_close(Grouped(iwae, 6)(w), elbo(w))
+    by_hand = (iwae(w[:3]) + iwae(w[3:])) / 2
+    torch.testing.assert_close(Grouped(iwae, 2)(w), by_hand)
+    assert bool((Grouped(iwae, 3)(w) < Grouped(iwae, 2)(w)).all())
+    with pytest.raises(ValueError, match="particles: 6 do not make 4 groups of one size"):
+        Grouped(iwae, 4)(w)
+
+
+def test_a_combination_of_bounds():
+    w = weights(6)
+    torch.testing.assert_close(Mixed(1.0)(w), elbo(w))
+    torch.testing.assert_close(Mixed(0.0)(w), iwae(w))
+    torch.testing.assert_close(Mixed(0.25)(w), 0.25 * elbo(w) + 0.75 * iwae(w))
+
+
+def test_the_thermodynamic_bound_is_a_sum_below_an_integral():
+    w = weights(6)
+    torch.testing.assert_close(Thermodynamic([0])(w), elbo(w))
+    by_hand = 0.3 * w.mean(0) + 0.7 * ((0.3 * w).softmax(0) * w).sum(0)
+    torch.testing.assert_close(Thermodynamic((0, 0.3))(w), by_hand)
+    finer = torch.stack([Thermodynamic([i / n for i in range(n)])(w) for n in (1, 2, 4, 8, 16)])
+    assert bool((finer.diff(dim=0) > 0).all())
+    assert bool((finer[-1] < iwae(w)).all())
+    torch.testing.assert_close(Thermodynamic([i / 4000 for i in range(4000)])(w), iwae(w), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("bound", [*OF_ALL, Grouped(iwae, 3), Grouped(Renyi(0.4), 2)], ids=named)
+@pytest.mark.parametrize("shift", [0.0, -300.0])
+def test_derivatives_are_those_by_differentiation(bound, shift):
+    w = weights(6) + shift
+    for ours, theirs in zip(derivatives(bound, w), derivatives(lambda w: bound(w), w), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Renyi(1.0), "alpha must be finite and other than 1, where the bound is the ELBO; got 1.0"),
+        (lambda: Renyi(math.nan), "alpha must be finite"),
+        (lambda: Grouped(iwae, 0), "groups must be at least 1, got 0"),
+        (lambda: Mixed(1.5), r"share must lie in \[0, 1\], got 1.5"),
+        (lambda: Thermodynamic(()), "points must start at 0"),
+        (lambda: Thermodynamic((0.1, 0.5)), "points must start at 0"),
+        (lambda: Thermodynamic((0, 0.5, 0.5)), "rise, and stay below 1, got"),
+        (lambda: Thermodynamic((0, 1.0)), "stay below 1"),
+    ],
+)
+def test_settings_that_make_no_bound(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

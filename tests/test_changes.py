@@ -1,8 +1,10 @@
 """What changes while graphs are in use, and is no tensor: seen and captured anew, or told and given up."""
 
+import copy
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from small import fit, pixels, same, vae, weights
@@ -214,3 +216,254 @@ def test_recurrent_layers_are_captured(interpreted, layer):
     for x in (torch.ones(2, 5, 3), torch.rand(2, 5, 3)):
         torch.testing.assert_close(run(x)[0], recurrent(x)[0].detach())
     assert len(interpreted) == 1
+
+
+# ---- what else programs and hooks do to modules
+class Around(nn.Module):
+    """A net around a net, with a way of its own."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("level", torch.tensor(1.0))
+        self.register_buffer("late", None)
+        self.cache = {}
+
+    def forward(self, x):
+        return self.inner(x) * self.level
+
+
+class Twice(Around):
+    """One module under two names."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.again = self.inner
+
+
+class Average(Around):
+    """A moving average that is put in the place of the last one."""
+
+    def forward(self, x):
+        out = self.inner(x)
+        if self.training:
+            self.level = 0.9 * self.level + 0.1 * out.detach().square().mean()
+        return out * self.level
+
+
+class Notes(Around):
+    """Notes the size of its latest input, as many layers do."""
+
+    def forward(self, x):
+        self.size = x.shape[-2]
+        return super().forward(x)
+
+
+class Late(Around):
+    """Makes a buffer when it is first used."""
+
+    def forward(self, x):
+        if self.late is None:
+            self.late = torch.full((x.shape[-1],), 0.5)
+        return super().forward(x + self.late)
+
+
+class Caches(Around):
+    """Keeps a constant for each size in a dictionary."""
+
+    def forward(self, x):
+        n = x.shape[-1]
+        if n not in self.cache:
+            self.cache[n] = torch.full((n,), 0.5)
+        return super().forward(x + self.cache[n])
+
+
+class Literal(Around):
+    """Makes a tensor of a number out of sight."""
+
+    def forward(self, x):
+        return self.inner(x) * torch.tensor(FACTOR[0])
+
+
+def around(kind):
+    made = vae()
+    made.likelihood.net = kind(made.likelihood.net)
+    return made
+
+
+def nothing(run):
+    pass
+
+
+def replace_buffer(run):
+    net(run).level = net(run).level * 0.5
+
+
+def assign(run):
+    run.pair.load_state_dict({k: v * 0.9 for k, v in run.pair.state_dict().items()}, assign=True)
+
+
+def exchange_module(run):
+    copied = copy.deepcopy(net(run).inner)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(0.5)
+    net(run).inner = copied
+
+
+def as_numpy(run):
+    net(run).factor = np.float64(0.5**run.step)
+
+
+CASES = {
+    "one module, two names": (Twice, nothing),
+    "a moving average": (Average, nothing),
+    "notes": (Notes, nothing),
+    "a late buffer": (Late, nothing),
+    "a cache": (Caches, nothing),
+    "a buffer replaced": (Around, replace_buffer),
+    "weights exchanged": (Around, exchange_module),
+    "a number of numpy's": (Scaled, as_numpy),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("how", ["require", "auto"])
+def test_whatever_modules_do_runs_are_the_same(interpreted, monkeypatch, name, how):
+    """Under "auto", the short last batch and validation run as they are written, between captured steps."""
+    kind, change = CASES[name]
+    monkeypatch.setattr(capture, "WORTH", 8)
+    runs = {}
+    for compile in ("off", how):
+        made = around(kind)
+        if kind is Scaled:
+            made.likelihood.net.dropout.p = 0.0
+        run = fit(
+            made, X[:40], X[:24], epochs=4, batch_size=16, compile=compile, hooks=[At(change, 4, 7)], optimizer=sgd
+        )
+        after = float(pv.elbo(made, X, compile="off").mean)  # no stand-in was left
+        copy.deepcopy(made)
+        history = [v for row in run.history for k, v in row.items() if k in ("train", "valid")]
+        runs[compile] = history, weights(made), after
+    agree((*runs[how][:2],), runs["off"])
+    assert runs[how][2] == pytest.approx(runs["off"][2], rel=1e-4)
+    assert 1 <= len(interpreted) <= 12  # two shapes and validation's, for each of up to three numbers
+
+
+def test_data_put_elsewhere_are_found_where_functions_close_over_nets(interpreted):
+    def shrink(run):
+        for parameter in run.pair.parameters():
+            parameter.data = parameter.data * 0.5
+
+    runs = []
+    for how in ("off", "require"):
+        made = vae()
+        pair = pv.Pair(lambda x, made=made: made.model(x), lambda x, made=made: made.guide(x))
+        run = fit(pair, X, epochs=2, batch_size=16, compile=how, hooks=[At(shrink, 4)], optimizer=sgd)
+        runs.append(([row["train"] for row in run.history], weights(made)))
+    agree(runs[1], runs[0])
+
+
+def test_parameters_that_the_optimizer_does_not_have_any_more(interpreted, monkeypatch):
+    """As `load_state_dict` with ``assign=True`` makes them: what it loads is used, and not trained."""
+    monkeypatch.setattr(capture, "WORTH", 1)
+    plain = trained("off", At(assign, 4), partial(around, Around), optimizer=sgd)
+    with pytest.warns(UserWarning, match="the program computes other things than at first"):
+        ours = trained("auto", At(assign, 4), partial(around, Around), optimizer=sgd)
+    assert ours[0] == pytest.approx(plain[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_literals_made_of_numbers_out_of_sight(interpreted, monkeypatch, validated):
+    def shrink(run):
+        FACTOR[0] *= 0.5
+
+    monkeypatch.setattr(capture, "WORTH", 1)
+    runs = []
+    try:
+        for how in ("off", "auto"):
+            FACTOR[0] = 1.0
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                made = around(Literal)
+                run = fit(
+                    made, X, X[:16] if validated else None, epochs=4, batch_size=16, compile=how,
+                    hooks=[At(shrink, 3, 6, 9)], optimizer=sgd,
+                )  # fmt: skip
+            runs.append([v for row in run.history for k, v in row.items() if k in ("train", "valid")])
+        assert [str(w.message)[:50] for w in caught] == ["compile='auto': the program computes other things "]
+        assert runs[1] == pytest.approx(runs[0], rel=1e-4, nan_ok=True)
+    finally:
+        FACTOR[0] = 1.0
+
+
+def test_a_number_first_changed_late_is_found_at_the_fourth_epoch_or_the_eighth(interpreted):
+    def shrink(run):
+        FACTOR[0] = 0.5
+
+    try:
+        with pytest.raises(ValueError, match="the program computes other things"):
+            trained("require", At(shrink, 16), partial(around, Literal), epochs=9)
+    finally:
+        FACTOR[0] = 1.0
+
+
+def test_what_reads_numbers_from_the_second_epoch_on(interpreted, monkeypatch):
+    class Reads(Around):
+        def forward(self, x):
+            return self.inner(x) * (1.0 if FACTOR[0] == 1 else float(x.mean() > -1e9))
+
+    def switch(run):
+        FACTOR[0] = 2.0
+
+    monkeypatch.setattr(capture, "WORTH", 1)
+    try:
+        with pytest.warns(UserWarning, match="it reads a number back from a tensor"):
+            trained("auto", At(switch, 3), partial(around, Reads))
+        FACTOR[0] = 1.0
+        with pytest.raises(ValueError, match="compile='require': it reads a number back"):
+            trained("require", At(switch, 3), partial(around, Reads))
+    finally:
+        FACTOR[0] = 1.0
+
+
+def test_an_optimizers_parameters_in_another_order(interpreted):
+    def turn(run):
+        for group in run.updates[0].optimizer.param_groups:
+            group["params"].reverse()
+
+    for optimizer in (adam, sgd):
+        plain = trained("off", At(turn, 4), vae, optimizer=optimizer)
+        agree(trained("require", At(turn, 4), vae, optimizer=optimizer), plain)
+
+
+def test_objects_that_are_no_modules(interpreted):
+    class Plain:
+        def __init__(self):
+            self.inner, self.temperature = vae(), 1.0
+
+        def model(self, x):
+            self.inner.model(x * self.temperature)
+
+        def guide(self, x):
+            self.inner.guide(x * self.temperature)
+
+    def cool(run):
+        run.pair.program.temperature = 0.5
+
+    runs = []
+    for how in ("off", "require"):
+        made = Plain()
+        run = fit(made, X, epochs=3, batch_size=16, compile=how, hooks=[At(cool, 4)], optimizer=sgd)
+        runs.append(([row["train"] for row in run.history], weights(made.inner)))
+    agree(runs[1], runs[0])
+    assert len(interpreted) == 2
+
+
+def test_tensors_of_other_shapes_are_told():
+    net = nn.Linear(2, 2)
+    run = Captured(Engine("require"), [net], lambda x: [net(x)])
+    run(torch.ones(3, 2))
+    net.weight.data, net.bias.data = torch.ones(3, 2), torch.ones(3)
+    with pytest.raises(ValueError, match=r"a tensor of the program is now \(3, 2\).*was \(2, 2\) when its graph"):
+        run(torch.ones(3, 2))

@@ -14,7 +14,7 @@ from small import fit, pixels, same, vae, weights
 
 import ppl_vae as pv
 from ppl_vae.batches import Data
-from ppl_vae.hooks import Hook
+from ppl_vae.hooks import Hook, cyclical
 
 X, HELD_OUT = pixels(64), pixels(40, seed=1)
 sgd = partial(torch.optim.SGD, lr=1e-2)
@@ -162,6 +162,32 @@ def test_a_linear_schedule(start, end, steps, values):
 def test_a_schedule_takes_steps(steps):
     with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
         pv.linear(0.0, 1.0, steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        ({"low": 0.0, "high": 1.0, "period": 4}, [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 0.0]),
+        ({"low": 0.0, "high": 1.0, "period": 4, "ratio": 1.0}, [0.0, 0.25, 0.5, 0.75, 0.0]),
+        ({"low": 0.2, "high": 3.2, "period": 10, "ratio": 0.3}, [0.2, 1.2, 2.2, *[3.2] * 7, 0.2]),
+        ({"low": 0.2, "high": 1.0, "period": 1}, [0.2, 0.2]),
+    ],
+)
+def test_a_cyclical_schedule(options, values):
+    assert [cyclical(**options)(s) for s in range(len(values))] == pytest.approx(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"period": 0}, "period must be at least 1, got 0"),
+        ({"period": 4, "ratio": 0.0}, "ratio must be above 0 and at most 1, got 0.0"),
+        ({"period": 4, "ratio": 1.5}, "ratio must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_a_cycle_has_steps_and_rises_within(options, message):
+    with pytest.raises(ValueError, match=message):
+        cyclical(0.0, 1.0, **options)
 
 
 # ---- what is written

@@ -12,11 +12,12 @@ import ppl_vae
 
 PACKAGE = Path(ppl_vae.__file__).parent
 LAYERS = [
-    "rng files products rewrites graphs transforms nets conditionals priors likelihoods posteriors",
-    "models",
-    "pairs sites layout traces predictive bounds estimators objectives",
-    "streams batches capture updates steps hooks loop train estimates streaming densities evaluate",
-    "data plots arviz_export film checkpoint config runs cli",
+    "rng files products rewrites graphs transforms nets convolutions conditionals priors scalars flows triangular "
+    "likelihoods pixels counts posteriors divergences discrete hamiltonian",
+    "models hierarchies belief sequences semisupervised",
+    "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries",
+    "streams batches holding capture updates steps hooks loop train estimates streaming densities evaluate",
+    "data plots arviz_export film checkpoint plan axes config runs cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ENTRANCES = {"__init__", "__main__"}  # they stand above all layers

@@ -94,7 +94,7 @@ def operators(module):
 @needs_onednn
 def test_what_was_measured_faster_is_rewritten_and_nothing_else(chosen):
     asked, path = chosen
-    module = graphs._traced(layers, ARGUMENTS)
+    module = graphs._traced(layers, ARGUMENTS)[0]
     assert choose_products(module) == "oneDNN for 1 of 2 matrix products"
     assert asked == [((5, 7), (7, 3), False), ((5, 7), (7, 4), True)]
     mm, addmm = "aten.mm.default", "aten.addmm.default"
@@ -102,7 +102,7 @@ def test_what_was_measured_faster_is_rewritten_and_nothing_else(chosen):
     for ours, theirs in zip(module(*ARGUMENTS), layers(*ARGUMENTS), strict=True):
         torch.testing.assert_close(ours, theirs)
     # A later run, another process say, finds the answers, and the same graph comes of them.
-    again = graphs._traced(layers, ARGUMENTS)
+    again = graphs._traced(layers, ARGUMENTS)[0]
     choose_products(again)
     assert len(asked) == 2
     assert again.code == module.code
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_measured_anew(chosen, text):
     asked, path = chosen
     path.parent.mkdir(parents=True)
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert choose_products(graphs._traced(layers, ARGUMENTS)) == "oneDNN for 1 of 2 matrix products"
+    assert choose_products(graphs._traced(layers, ARGUMENTS)[0]) == "oneDNN for 1 of 2 matrix products"
     assert len(asked) == 2
     assert len(json.loads(path.read_text())) == 2
 
@@ -125,7 +125,7 @@ def test_nowhere_to_write_is_no_error(chosen):
     asked, path = chosen
     path.parent.parent.write_text("a file where the folder should be")
     for _ in range(2):
-        choose_products(graphs._traced(layers, ARGUMENTS))
+        choose_products(graphs._traced(layers, ARGUMENTS)[0])
     assert len(asked) == 4
 
 
@@ -135,18 +135,19 @@ def test_an_answer_holds_for_strides_threads_and_processor(chosen, monkeypatch):
     product = lambda a, b: (a @ b,)  # noqa: E731
     turned = draw(7, 5).t()
     for a in (draw(5, 7), turned, draw(5, 7), turned):
-        choose_products(graphs._traced(product, (a, draw(7, 3))))
+        choose_products(graphs._traced(product, (a, draw(7, 3)))[0])
     assert len(asked) == 2
     monkeypatch.setattr(products, "_processor", lambda: "another")
-    choose_products(graphs._traced(product, (draw(5, 7), draw(7, 3))))
+    choose_products(graphs._traced(product, (draw(5, 7), draw(7, 3)))[0])
     assert len(asked) == 3
 
 
 def test_without_products_or_without_onednn_nothing_is_measured(chosen, monkeypatch):
     asked, path = chosen
-    assert choose_products(graphs._traced(lambda x: (x.exp(),), [draw(3)])) == "PyTorch's default matrix products"
+    alone, _ = graphs._traced(lambda x: (x.exp(),), [draw(3)])
+    assert choose_products(alone) == "PyTorch's default matrix products"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert choose_products(graphs._traced(layers, ARGUMENTS)) == "PyTorch's default matrix products"
+    assert choose_products(graphs._traced(layers, ARGUMENTS)[0]) == "PyTorch's default matrix products"
     assert asked == []
     assert not path.exists()
 
@@ -155,7 +156,8 @@ def test_without_products_or_without_onednn_nothing_is_measured(chosen, monkeypa
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_measuring_times_both_whatever_the_memory_order(layout, monkeypatch):
     monkeypatch.setattr(products, "SECONDS", 0.0)
-    module = graphs._traced(lambda a, b, c: (torch.addmm(c, a, b),), (LAYOUTS[layout](5, 7), draw(7, 3), draw(3)))
+    tensors = LAYOUTS[layout](5, 7), draw(7, 3), draw(3)
+    module, _ = graphs._traced(lambda a, b, c: (torch.addmm(c, a, b),), tensors)
     (node,) = [n for n in module.graph.nodes if "addmm" in str(n.target)]
     a, b, c = (products._like(n.meta["val"]) for n in products._operands(node))
     assert a.stride() == LAYOUTS[layout](5, 7).stride()

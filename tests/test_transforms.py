@@ -1,4 +1,4 @@
-"""Transforms: binary pixels with the right means, independent of each other, the same captured and eager."""
+"""Transforms: binary pixels with the right means, dequantised ones, independent, the same captured and eager."""
 
 import copy
 import shutil
@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import ppl_vae.transforms
 from ppl_vae.rng import seeded
-from ppl_vae.transforms import Transform, redraw, threshold
+from ppl_vae.transforms import Transform, dequantise, redraw, threshold
 
 
 def test_redraw_is_binary_with_the_grey_level_as_its_mean():
@@ -113,3 +113,46 @@ def test_transforms_say_what_they_take():
     assert redraw.support.check(torch.tensor([0.0, 0.5, 1.0, 1.5])).tolist() == [True, True, True, False]
     assert threshold().support is None
     assert Transform("twice", lambda x: 2 * x)(torch.ones(1)) == 2
+
+
+# ---- dequantised pixels
+
+
+def test_dequantised_pixels_are_uniform_within_their_level():
+    n = 20_000
+    levels = torch.tensor([0, 1, 127, 254, 255])
+    with seeded(0):
+        drawn = dequantise((levels / 255.0).expand(n, 5)).double()
+    within = 256 * drawn - levels
+    assert ((within >= 0) & (within <= 1)).all()
+    assert ((within.mean(0) - 0.5).abs() < 5 * (1 / 12 / n) ** 0.5).all()
+    assert ((within.var(0) - 1 / 12).abs() < 5 * (1 / 180 / n) ** 0.5).all()
+    assert torch.corrcoef(within.T).fill_diagonal_(0).abs().max() < 5 / n**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_dequantised_pixels_stay_inside_the_interval(monkeypatch, dtype, u):
+    monkeypatch.setattr(ppl_vae.transforms.torch, "rand_like", lambda x: torch.full_like(x, u))
+    drawn = dequantise(torch.tensor([0.0, 1.0], dtype=dtype))
+    assert drawn.dtype == dtype
+    assert ((drawn > 0) & (drawn < 1)).all()
+
+
+def test_dequantising_undoes_the_rounding_of_bytes_and_takes_nothing_else():
+    x = torch.arange(256) / 255
+    assert torch.equal((256 * dequantise(x)).long(), torch.arange(256))
+    assert dequantise.support.check(torch.cat([x, x.double()])).all()
+    wrong = torch.tensor([-1 / 255, 0.5, 256 / 255, 10.0, float("nan")])
+    assert not dequantise.support.check(wrong).any()
+    assert repr(dequantise) == "dequantise"
+
+
+def test_dequantised_captured_draws_the_same():
+    x = (torch.arange(21) / 255).reshape(3, 7)
+    graph = make_fx(dequantise, tracing_mode="fake")(x)
+    with seeded(0):
+        ours = dequantise(x)
+    with seeded(0):
+        assert torch.equal(graph(x), ours)
+    assert not torch.equal(dequantise(x), ours)

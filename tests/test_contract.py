@@ -1,0 +1,184 @@
+"""The axes together: what the rules allow trains, captured and as written, and is judged; the rest says why.
+
+Every row of every table of `ppl_vae.axes` is taken, so that a new one is covered by being there.
+"""
+
+from itertools import cycle
+
+import pytest
+import torch
+from small import fit, weights
+
+import ppl_vae as pv
+from ppl_vae.axes import AXES
+from ppl_vae.config import Config, build, objective_of
+from ppl_vae.pairs import as_pair
+from ppl_vae.rng import seeded
+
+SHAPE, ROWS = (4, 4), 24
+SCORED = ("score", "leave-one-out", "vimco", "nvil")
+LEVELS = {"categorical", "logistic", "logistic-mixture"}
+COUNTS = {"poisson", "negative-binomial", "zero-inflated"}
+SMALL = {"latent": 3, "hidden": (8,), "components": 3, "depth": 2, "particles": 2, "groups": 2, "kl": "auto"}
+
+
+def data(likelihood):
+    """Pixels on the scale of a likelihood."""
+    with seeded(1):
+        x = torch.rand(ROWS, 16)
+        if likelihood in COUNTS:
+            return torch.poisson(4 * x)
+        if likelihood == "bernoulli":
+            return x.round()
+        return (255 * x).round() / 255 if likelihood in LEVELS else x.clamp(0.01, 0.99)
+
+
+def bounds_of(estimators):
+    """Pairs of an objective and an estimator of its gradient."""
+    pairs = [(o, e) for e in estimators for o in AXES["objective"] if o != "rws"]
+    return [*pairs, *([("rws", "pathwise")] if set(SCORED) <= set(estimators) else [])]
+
+
+ANY = bounds_of(AXES["estimator"])
+BY_POSTERIOR = {  # what does not go with each: see the refusals below
+    "point": bounds_of(["pathwise", "doubly", "sticking"]),
+    "hamiltonian": bounds_of(["pathwise"]),
+    "bernoulli": bounds_of(SCORED),
+    "one-hot": bounds_of(SCORED),
+}
+
+
+def combinations():
+    """Every posterior with every likelihood; the other axes turn beside them, so that all their pairs come."""
+    goals = {name: cycle(BY_POSTERIOR.get(name, ())) for name in AXES["posterior"]}
+    others, priors = cycle(ANY), cycle(name for name in AXES["prior"] if name != "conditional")
+    for posterior, choice in AXES["posterior"].items():
+        for likelihood in AXES["likelihood"]:
+            objective, estimator = next(goals[posterior] if posterior in BY_POSTERIOR else others)
+            prior = None if choice.prior is not None else next(priors)
+            if (prior, posterior) == ("vamp", "hamiltonian"):
+                prior = next(priors)
+            if (posterior, prior) == ("point", "vamp"):
+                prior = next(priors)  # a mixture of points has no density
+            yield {
+                "posterior": posterior,
+                "likelihood": likelihood,
+                "prior": prior,
+                "objective": objective,
+                "estimator": estimator,
+            }
+
+
+def config(**settings):
+    chosen = SMALL | settings
+    if chosen.get("estimator") in ("doubly", "sticking"):
+        chosen["kl"] = "sampled"
+    return Config(**chosen)
+
+
+def trained(made, how, columns, classes=0):
+    """Two steps of a config's program and objective."""
+    program = build(made, SHAPE, classes)
+    goal = objective_of(made, program, SHAPE, ROWS)
+    run = fit(program, columns, objective=goal, epochs=1, batch_size=ROWS // 2, compile=how, clip_norm=10.0)
+    return program, run
+
+
+def holds(made, *columns, classes=0, judged=True):
+    """Assert that a config trains, captured as written, and is judged."""
+    (plain, first), (ours, second) = (trained(made, how, columns, classes) for how in ("off", "require"))
+    assert second.history[0]["train"] == pytest.approx(first.history[0]["train"], rel=1e-3, abs=1e-3)
+    before = build(made, SHAPE, classes).state_dict()
+    ends = weights(plain)
+    assert any(not torch.equal(ends[name], before[name]) for name in ends)
+    for name, theirs in ends.items():
+        torch.testing.assert_close(weights(ours)[name], theirs, rtol=1e-2, atol=2e-3)
+    if judged:
+        bound = pv.log_likelihood(ours, columns, particles=3, compile="off")
+        assert bound.value.shape == (ROWS,)
+        assert bool(bound.value.isfinite().all())
+    return ours
+
+
+@pytest.mark.parametrize(
+    "settings", [*combinations()], ids=lambda s: "-".join(str(s[k]) for k in ("posterior", "likelihood"))
+)
+def test_parts_go_together(interpreted, settings):
+    holds(config(**settings), data(settings["likelihood"]))
+
+
+def test_all_pairs_come():
+    """Of priors and posteriors, of objectives and estimators, and of priors and estimators."""
+    found = [*combinations()]
+    for axis, other, least in (
+        ("prior", "posterior", 45),
+        ("objective", "estimator", len(ANY)),
+        ("prior", "estimator", 35),
+        ("likelihood", "objective", 75),
+    ):
+        assert len({(c[axis], c[other]) for c in found}) >= least, (axis, other)
+
+
+@pytest.mark.parametrize("penalise", [*AXES["penalise"]])
+@pytest.mark.parametrize("posterior", ["mean-field", "iaf"])
+def test_penalties(interpreted, posterior, penalise):
+    if (posterior, penalise) in (("iaf", "free-bits"), ("iaf", "total-correlation")):
+        pytest.skip("which ask for independent entries")
+    made = config(posterior=posterior, penalise=penalise, penalty=0.3)
+    holds(made, data("normal"))
+
+
+@pytest.mark.parametrize("model", [*AXES["model"]])
+@pytest.mark.parametrize("nets", ["mlp", "conv"])
+def test_programs(interpreted, model, nets):
+    binary = model == "belief"
+    likelihood = "bernoulli" if binary else "normal"
+    goal = {"estimator": "vimco", "objective": "iwae"} if binary else {}
+    made = config(model=model, nets=nets, channels=(4, 4), likelihood=likelihood, **goal)
+    labels = (torch.arange(ROWS) % 3,) if model == "cvae" else ()
+    program = holds(made, data(likelihood), *labels, classes=3)
+    context = (torch.arange(5) % 3,) if labels else ()
+    assert pv.sample(program, 5, *context).shape == (5, 16)
+
+
+@pytest.mark.parametrize("style", [{"norm": "batch"}, {"norm": "layer"}, {"gated": True}, {"residual": True}])
+@pytest.mark.parametrize("nets", ["mlp", "conv"])
+def test_styles_of_nets(interpreted, nets, style):
+    holds(config(nets=nets, channels=(4, 4), hidden=(8, 8), **style), data("normal"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"posterior": "bernoulli"}, "site 'z': its distribution has no reparameterised sampler"),
+        ({"posterior": "one-hot", "estimator": "doubly"}, "no reparameterised sampler"),
+        ({"posterior": "point", "estimator": "vimco"}, "site 'z': the guide draws a point, which has no score"),
+        ({"posterior": "hamiltonian", "estimator": "doubly"}, "Hamiltonian"),
+        ({"posterior": "hamiltonian", "objective": "rws"}, "Hamiltonian"),
+        ({"posterior": "mixture", "kl": "analytic"}, "site 'z': no closed form between"),
+        ({"estimator": "vimco", "particles": 1}, "particles must be at least 2 for a baseline"),
+        ({"prior": "mixture", "posterior": "relaxed-bernoulli"}, "comes with its own"),
+        ({"posterior": "planar", "model": "ladder"}, "has a prior and a posterior of its own"),
+        ({"prior": "conditional"}, "only model 'cvae' takes"),
+        ({"prior": "vamp", "posterior": "hamiltonian"}, "prior 'vamp' needs"),
+        ({"model": "belief"}, "likelihood must be 'bernoulli'"),
+        ({"penalise": "mmd", "objective": "iwae"}, "penalties belong to the elbo"),
+        ({"objective": "rws", "estimator": "vimco"}, "has gradients of its own"),
+        ({"objective": "renyi", "alpha": 1.0}, "alpha must be finite and other than 1"),
+        ({"nets": "conv", "channels": (4, 4, 4)}, "ConvEncoder|ConvDecoder"),
+        ({"likelihood": "student-t", "scale": "optimal"}, "OptimalScale|optimal"),
+        ({"posterior": "iaf", "latent": 1}, "latent must be at least 2"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_says_why(interpreted, settings, why):
+    for how in ("off", "require"):
+        with pytest.raises(ValueError, match=why):
+            trained(config(**settings), how, (data(settings.get("likelihood", "normal")),))
+
+
+def test_shipped_programs_are_captured_once_for_each_shape(interpreted):
+    made = config()
+    trained(made, "require", (data("normal"),))
+    assert len(interpreted) == 1
+    assert as_pair(build(made, SHAPE)).layout is None
