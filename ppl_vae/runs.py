@@ -18,7 +18,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -272,13 +272,20 @@ def _inferred(run: RunFolder, images: Images) -> dict[str, Figure]:
         return figures  # no plane through a single code
     figures["latent.png"] = latent_scatter(z, split.y, images.classes)
     if z.shape[1] > 1 and not takes_condition(program):
-        lift = (lambda plane: plane) if flat else pca_plane(z)[1]
+        lift = _plane(z) if not flat else None
         figures["plane.png"] = latent_plane(
-            lambda plane: decode(program, {name: lift(plane)}).cpu(),
+            lambda plane: decode(program, {name: plane if lift is None else lift(plane)}).cpu(),
             run.shape,
-            names=("$z_1$", "$z_2$") if flat else ("principal component 1", "principal component 2"),
+            names=("$z_1$", "$z_2$") if flat else ("component 1, deviations", "component 2, deviations"),
         )
     return figures
+
+
+def _plane(z: Tensor) -> Callable[[Tensor], Tensor]:
+    """The plane of the first principal components of codes, in standard deviations: few priors are N(0, I)."""
+    project, lift = pca_plane(z)
+    spread = project(z).std(0)
+    return lambda plane: lift(plane * spread)
 
 
 def _generated(run: RunFolder) -> dict[str, Figure]:
