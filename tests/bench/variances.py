@@ -3,8 +3,8 @@
 usage: python tests/bench/variances.py
 
 Two cases: a linear-Gaussian model of 5 latents and 20 pixels, with a guide at the posterior's mean and a tenth too
-wide; and a belief network of 8 binary units over 16 pixels. For each bound and estimator, the total variance of the
-gradient of one datum in the guide's parameters, over independent draws, divided by that of the first estimator.
+wide; and a belief network of 8 binary units over 16 pixels. For each bound and estimator, the total variance of
+the gradient of one datum in the guide's parameters, over independent draws, divided by the first estimator's.
 """
 
 from __future__ import annotations
