@@ -19,6 +19,8 @@ __all__ = ["PIWAE", "RWS", "Alternating", "Wake"]
 class Alternating(Objective):
     """A bound for the model, and another objective for the guide; its value is the model's bound.
 
+    Parameters that model and guide share, such as a ladder's priors, are trained by both steps.
+
     Args:
         bound: of the model; its gradient takes draws and guide as they are.
         particles: K.

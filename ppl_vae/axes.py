@@ -30,7 +30,7 @@ ESTIMATORS: dict[str, Choice] = {
     "score": Choice(lambda p: score, "by scores, without a baseline"),
     "leave-one-out": Choice(lambda p: leave_one_out, "by scores, the other particles as baseline"),
     "vimco": Choice(lambda p: vimco, "by scores, with VIMCO's baseline"),
-    "nvil": Choice(lambda p: NVIL(MLP(p.width, 100, 1)), "by scores, with a learned baseline"),
+    "nvil": Choice(lambda p: NVIL(p.encoder(1)), "by scores, with a learned baseline"),
 }
 
 PENALTIES: dict[str, Choice] = {

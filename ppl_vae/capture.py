@@ -217,7 +217,7 @@ class Captured:
             self.give_up(f"running the program changes {what}")
             return False
         if found is not None and code == found.graph.text:
-            self.holder.ignored.update(changed)
+            self.holder.ignore(changed)
         return True
 
     def own(self) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Settings of a run: every choice a field, a flag and a key of a TOML file; strings become objects here alone.
 
-Adding a variant to the command line is one row in one of the tables below.
+Adding a variant to the command line is one row in one of the tables of `ppl_vae.plan` and `ppl_vae.axes`.
 """
 
 from __future__ import annotations
@@ -219,7 +219,11 @@ def build(config: Config, shape: Sequence[int], classes: int = 0) -> nn.Module:
 
 
 def objective_of(
-    config: Config, program: nn.Module | None = None, shape: Sequence[int] = (), size: int = 1
+    config: Config,
+    program: nn.Module | None = None,
+    shape: Sequence[int] = (),
+    size: int = 1,
+    classes: int = 0,
 ) -> Objective:
     """The objective of a config.
 
@@ -228,9 +232,10 @@ def objective_of(
         program: what it is for; some penalties look at its decoder.
         shape: of one picture.
         size: how many training data there are.
+        classes: how many labels.
     """
     with seeded(config.seed):
-        plan = Plan(config, tuple(shape), size=size, program=program)
+        plan = Plan(config, tuple(shape), classes, size, program)
         objective: Objective = AXES["objective"][config.objective].make(plan)
     return objective
 
@@ -248,6 +253,10 @@ def _check_parts(c: Config) -> None:
         raise ValueError("prior 'conditional' is given the label, which only model 'cvae' takes")
     if c.prior == "vamp" and (c.model != "vae" or c.posterior == "hamiltonian"):
         raise ValueError("prior 'vamp' needs model 'vae' and a posterior with a density, other than hamiltonian")
+    if c.norm == "batch" and (c.prior == "vamp" or c.posterior == "hamiltonian" or c.penalise == "gradient"):
+        raise ValueError(
+            "norm 'batch' mixes data, which prior 'vamp', posterior 'hamiltonian' and penalise 'gradient' forbid"
+        )
     if c.model not in ("vae", "cvae") and (c.prior is not None or c.posterior != "mean-field"):
         raise ValueError(f"model {c.model!r} has a prior and a posterior of its own; leave both out")
     if c.model == "belief" and c.likelihood != "bernoulli":
@@ -264,6 +273,14 @@ def _check_objective(c: Config) -> None:
         )
     if c.penalise != "none" and (c.objective != "elbo" or c.estimator != "pathwise"):
         raise ValueError("penalise: penalties belong to the elbo, with estimator 'pathwise'")
+    if c.penalise == "free-bits" and (c.kl == "sampled" or c.penalty != c.beta or c.warm_up):
+        raise ValueError(
+            "penalise 'free-bits' offsets the KL: kl must not be 'sampled', penalty as beta, warm_up 0"
+        )
+    if c.objective == "piwae" and c.posterior == "hamiltonian":
+        raise ValueError(
+            "objective 'piwae' trains model and guide apart; posterior 'hamiltonian' is made of the model"
+        )
     if c.estimator != "pathwise" and c.objective == "rws":
         raise ValueError("objective 'rws' has gradients of its own; leave estimator out")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NamedTuple
@@ -35,14 +35,21 @@ KINDS = _Kinds()
 
 
 class _Part(NamedTuple):
-    """A module, or another object that owns a program, and its dictionaries."""
+    """A module, or another object that owns a program, its dictionaries, and what was found in them."""
 
     owner: Any
     values: Store
     parameters: Store
     buffers: Store
     children: Store
-    known: tuple[Any, ...]  # the children that were found
+    known: tuple[Any, ...]  # the children
+    size: int  # how many attributes
+    names: tuple[str, ...]  # of those that count
+
+    def changed(self) -> bool:
+        """Whether attributes or children have come, gone or been exchanged."""
+        children = self.children
+        return len(self.values) != self.size or (bool(children) and (*children.values(),) != self.known)
 
 
 class Holder:
@@ -59,8 +66,8 @@ class Holder:
         self.ignored: set[tuple[int, str]] = set()  # attributes that do not count: owner's id, name
 
     def parts(self) -> list[_Part]:
-        """All of them, each once; looked for anew where a module has been exchanged, added or taken out."""
-        if not self.found or any((*part.children.values(),) != part.known for part in self.found):
+        """All of them, each once; looked for anew where one has changed in kind."""
+        if not self.found or any(part.changed() for part in self.found):
             self.version += 1
             self.found = [*self._look()]
         return self.found
@@ -72,27 +79,34 @@ class Holder:
             if owner is None or id(owner) in seen:
                 continue
             seen.add(id(owner))
-            if isinstance(owner, nn.Module):
-                children = owner._modules
-                yield _Part(owner, vars(owner), owner._parameters, owner._buffers, children, (*children.values(),))
-                waiting += [*children.values(), *getattr(owner, "owners", ())]
-            else:
-                yield _Part(owner, vars(owner), {}, {}, {}, ())
+            values, module = vars(owner), isinstance(owner, nn.Module)
+            parameters: Store = owner._parameters if module else {}
+            buffers: Store = owner._buffers if module else {}
+            inner: Store = owner._modules if module else {}
+            names = [n for n in values if n not in STANDARD and (id(owner), n) not in self.ignored]
+            children = (*inner.values(),)
+            yield _Part(owner, values, parameters, buffers, inner, children, len(values), (*names,))
+            waiting += [*children, *(getattr(owner, "owners", ()) if module else ())]
+
+    def ignore(self, names: Iterable[tuple[int, str]]) -> None:
+        """Leave attributes, by owner's id and name, out of account from now on."""
+        self.ignored.update(names)
+        self.found = []
 
     def key(self) -> Key:
         """What a graph holds fixed: attributes, modes, which parameters are trained, which modules there are."""
-        key: list[Any] = []
+        key: list[Any] = [self.version]
         for part in self.parts():
-            for item in part.values.items():
-                name, kind = item[0], type(item[1])
-                if name in STANDARD or not (
-                    KINDS[kind] or (kind is tuple and all(KINDS[type(v)] for v in item[1]))
-                ):
-                    continue
-                if (id(part.owner), name) not in self.ignored:
-                    key.append(item)
-            key += [p is not None and p.requires_grad for p in part.parameters.values()]
-        return (self.version, *key)
+            values = part.values
+            for name in part.names:
+                value: Any = values.get(name)
+                kind = type(value)
+                plain = KINDS[kind] or (kind is tuple and all(KINDS[type(v)] for v in value))
+                key.append(value if plain else kind)
+            for parameter in part.parameters.values():
+                key.append(parameter is not None and parameter.requires_grad)
+        key[0] = self.version
+        return tuple(key)
 
     def held(self) -> dict[tuple[int, str], tuple[Any, Any]]:
         """The same with names: (owner's id, name) -> (owner, value)."""

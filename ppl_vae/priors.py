@@ -188,6 +188,13 @@ class VampPrior(Conditional):
         rows = rows / 255 if rows.dtype == torch.uint8 else rows
         return cls(posterior, rows, unit=unit, learned_weights=learned_weights)
 
+    @torch.no_grad()
+    def start_at(self, x: Tensor) -> None:
+        """Put the pseudo-inputs at rows of the data ``x`` (N, *event), drawn with replacement where N is small."""
+        rows = torch.randint(len(x), (len(self.raw),)) if len(x) < len(self.raw) else torch.randperm(len(x))
+        found = x[rows[: len(self.raw)].to(x.device)].to(self.raw)
+        self.raw.copy_(torch.logit(found, eps=0.01) if self.unit else found)
+
     @property
     def inputs(self) -> Tensor:
         """The pseudo-inputs, (M, *event), as the posterior sees them."""

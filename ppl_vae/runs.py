@@ -131,7 +131,10 @@ def train_run(
     device, images = as_device(config.device), images_of(config)
     program: Any = build(config, images.shape, len(images.classes))
     with seeded(config.seed):
-        program.likelihood.start_from(presented(config, images.train).present(slice(None))[0])
+        rows = presented(config, images.train).present(slice(None))[0]
+        program.likelihood.start_from(rows)
+        if start := getattr(getattr(program, "prior", None), "start_at", None):
+            start(rows)
     for split in (images.train, images.valid, images.test):
         prepare(as_pair(program), presented(config, split))
     path = _open_folder(Path(folder))
@@ -150,7 +153,7 @@ def train_run(
 
 def _fit(record: RunFolder, images: Images, device: torch.device, progress: bool) -> Run:
     config, size = record.config, len(images.train.columns[0])
-    objective = objective_of(config, record.program, images.shape, size)
+    objective = objective_of(config, record.program, images.shape, size, len(images.classes))
     schedule = SCHEDULES[config.schedule]
     return fit(
         record.program,
