@@ -11,6 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ Call = Callable[..., Sequence[Tensor]]
 
 WORTH = 1000  # runs of one shape from which compiling is earned back, some seconds at some milliseconds each
 MOST = 8  # graphs of one function: beyond them, what they are made for is taken to change for ever
+PATIENCE = 4  # runs as written, for what a program makes when it is first run, on each of its ways
 UNCAPTURED = "it runs uncaptured, at a half to a quarter of the speed"
 
 
@@ -143,7 +145,7 @@ class Captured:
         self.holder = Holder(modules)
         self.graphs: dict[Key, _Ready | None] = {}
         self.held = self.holder.held()  # when the latest graph was made
-        self.given_up = False
+        self.given_up, self.unsettled = False, 0
         self.running: Key = ()  # of the arguments at hand
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
@@ -192,47 +194,50 @@ class Captured:
                 self.engine.warn(f"the shapes of batches keep changing, and no more than {MOST} are captured")
             return None
         self.held = self.holder.held()
-        found = self.made(arguments)
-        if self.key(arguments) != key and not self.settled(found, arguments):
+        found, changed = self.made(arguments)
+        if changed and not self.settled(found, changed, arguments):
             return None
         self.running = self.key(arguments)
         self.graphs[self.running] = found
         return found
 
-    def settled(self, found: _Ready | None, arguments: Sequence[Tensor]) -> bool:
-        """Whether what running the program has changed in it does not matter: it does not change again.
+    def settled(self, found: _Ready | None, changed: set[tuple[int, str]], arguments: Sequence[Tensor]) -> bool:
+        """Whether what running the program changes in it does not matter, because it is written and never read.
 
-        Such are caches, and notes that a module makes of its latest input. Attributes that no graph depends on
-        are left out of account from now on. Otherwise it is given up.
+        Such are notes that a layer makes of its latest input: they are left out of account from now on. Other
+        changes, as caches and first runs make them, are made by running the program as it is; where they come
+        again and again, it is given up.
         """
-        before, self.held = self.held, self.holder.held()
-        changed = [name for name, (_, value) in self.held.items() if before.get(name, (None, None))[1] != value]
-        self.running = self.key(arguments)
-        try:
-            with self.holder.clean():
-                code, _ = traced(self.pure(self.own()), [*self.own(), *arguments])
-        except CaptureError:
-            code = ""
-        if what := self.differing(self.held):
-            self.give_up(f"running the program changes {what}")
-            return False
-        if found is not None and code == found.graph.text:
+        code, constants = "", tuple[Tensor, ...]()
+        with suppress(CaptureError, ValueError), self.holder.untouched(blank=changed):
+            own = self.own()
+            code, constants = traced(self.pure(own), [*(t.detach() for t in own), *arguments])
+        if found is not None and code == found.graph.text and same(constants, found.graph.constants):
             self.holder.ignore(changed)
-        return True
+            return True
+        self.unsettled += 1
+        if self.unsettled > PATIENCE:
+            self.give_up(f"running the program changes {self.named(changed)}")
+        return False
+
+    def named(self, changed: set[tuple[int, str]]) -> str:
+        """The first of some attributes, by its class and name."""
+        owners = {id(part.owner): part.owner for part in self.holder.parts()}
+        return min(f"{type(owners[owner]).__name__}.{name}" for owner, name in changed)
 
     def own(self) -> list[Tensor]:
         """The modules' tensors, each once."""
         return [store[name] for store, name in self.holder.slots()]
 
-    def made(self, arguments: Sequence[Tensor]) -> _Ready | None:
-        """Capture the function for such arguments."""
+    def made(self, arguments: Sequence[Tensor]) -> tuple[_Ready | None, set[tuple[int, str]]]:
+        """Capture the function for such arguments; and which attributes running it changes."""
         own, slots = self.own(), self.holder.slots()
-        with self.holder.clean():
+        with self.holder.untouched() as changed:
             given = [*(t.detach() for t in own), *arguments]
             graph, how = self.engine.capture(self.pure(own), given, self.obstacle)
         if self.noted:
             self.engine.note(how)
-        return None if graph is None else _Ready(graph, slots)
+        return None if graph is None else _Ready(graph, slots), changed
 
     def differing(self, before: dict[tuple[int, str], tuple[Any, Any]]) -> str:
         """What modules hold otherwise than before: the first such name."""
@@ -267,7 +272,7 @@ class Captured:
             return True
         own = self.own()
         try:
-            with self.holder.clean():
+            with self.holder.untouched():
                 code, constants = traced(self.pure(own), [*(t.detach() for t in own), *arguments])
         except CaptureError as error:
             self.give_up(str(error))

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["Holder", "Key"]
 
@@ -32,6 +31,12 @@ class _Kinds(dict[type, bool]):
 
 
 KINDS = _Kinds()
+
+
+def _plain(value: Any) -> bool:
+    """Whether an attribute is compared by value."""
+    kind = type(value)
+    return KINDS[kind] or (kind is tuple and all(KINDS[type(v)] for v in value))
 
 
 class _Part(NamedTuple):
@@ -100,11 +105,11 @@ class Holder:
             values = part.values
             for name in part.names:
                 value: Any = values.get(name)
-                kind = type(value)
-                plain = KINDS[kind] or (kind is tuple and all(KINDS[type(v)] for v in value))
-                key.append(value if plain else kind)
+                key.append(value if _plain(value) else type(value))
             for parameter in part.parameters.values():
                 key.append(parameter is not None and parameter.requires_grad)
+            for buffer in part.buffers.values():
+                key.append(buffer is None)
         key[0] = self.version
         return tuple(key)
 
@@ -113,7 +118,7 @@ class Holder:
         found: dict[tuple[int, str], tuple[Any, Any]] = {}
         for part in self.parts():
             for name, value in part.values.items():
-                if (KINDS[type(value)] or type(value) is tuple) and name not in STANDARD:
+                if name not in STANDARD and _plain(value):
                     found[id(part.owner), name] = part.owner, value
             for name, p in part.parameters.items():
                 found[id(part.owner), name] = part.owner, p is not None and p.requires_grad
@@ -155,24 +160,78 @@ class Holder:
                 store.update(kept)
 
     @contextmanager
-    def clean(self) -> Iterator[None]:
-        """Take back what modules have kept meanwhile, if it is a stand-in: caches that tracing filled."""
-        before = [(part.values, dict(part.values)) for part in self.parts()]
-        copies: list[tuple[Any, Any]] = [
-            (value, value.copy())
-            for values, _ in before
+    def untouched(self, blank: Iterable[tuple[int, str]] = ()) -> Iterator[set[tuple[int, str]]]:
+        """Take back whatever running a program changes in attributes, lists and dictionaries; say what that was.
+
+        Args:
+            blank: attributes to fill meanwhile with a thing that nothing can be computed from.
+
+        Yields:
+            A set, filled at the end with the owner's id and the name of each. Classes of torch, Pyro and this
+            library are left out: they keep nothing that matters.
+        """
+        before = [(part, dict(part.values), dict(part.buffers)) for part in self.parts()]
+        copies = {
+            id(value): (value, value.copy())
+            for _, values, _ in before
             for name, value in values.items()
-            if isinstance(value, dict | list) and name not in STANDARD
-        ]
+            if type(value) in (dict, list) and name not in STANDARD
+        }
+        changed: set[tuple[int, str]] = set()
+        for part, _, _ in before:
+            part.values.update({name: BLANK for name in part.values if (id(part.owner), name) in blank})
         try:
-            yield
+            yield changed
         finally:
-            for values, kept in before:
-                for name in [n for n, v in values.items() if isinstance(v, FakeTensor)]:
-                    values.pop(name)
-                    values |= {name: kept[name]} if name in kept else {}
-            for container, copied in copies:
-                inside = container.values() if isinstance(container, dict) else container
-                if any(isinstance(v, FakeTensor) for v in inside):
-                    container.clear()
-                    container.update(copied) if isinstance(container, dict) else container.extend(copied)
+            for part, values, buffers in before:
+                now = dict(part.values)
+                part.values.clear()
+                part.values.update(values)
+                names = {*now, *values} - STANDARD if _of_users(part.owner) else set()
+                for name in (n for n in names if not n.startswith("_pyro")):
+                    old, new = values.get(name, BLANK), now.get(name, BLANK)
+                    held = copies.get(id(old))
+                    if not _equal(old, new) or (held is not None and not _equal_inside(*held)):
+                        changed.add((id(part.owner), name))
+                changed |= {
+                    (id(part.owner), n)
+                    for n, b in part.buffers.items()
+                    if b is not None and buffers.get(n) is None
+                }
+            for container, copied in copies.values():
+                container.clear()
+                container.update(copied) if isinstance(container, dict) else container.extend(copied)
+
+
+class _Blank:
+    """A thing that no program can do anything with but keep it."""
+
+    def __bool__(self) -> bool:
+        raise TypeError("this attribute is blank")
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("this attribute is blank")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+BLANK: Any = _Blank()
+
+
+def _of_users(owner: Any) -> bool:
+    return not type(owner).__module__.startswith(("torch.", "pyro.", "ppl_vae."))
+
+
+def _equal(old: Any, new: Any) -> bool:
+    """Whether an attribute is what it was: the same thing, or a number or word of the same value."""
+    return old is new or (KINDS[type(old)] and type(old) is type(new) and bool(old == new))
+
+
+def _equal_inside(now: Any, then: Any) -> bool:
+    """Whether a list or dictionary holds what it held."""
+    pairs = (
+        zip(now, then, strict=False)
+        if isinstance(now, list)
+        else ((v, then.get(k, BLANK)) for k, v in now.items())
+    )
+    return len(now) == len(then) and all(_equal(a, b) for a, b in pairs)

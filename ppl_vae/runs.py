@@ -279,7 +279,7 @@ def _inferred(run: RunFolder, images: Images) -> dict[str, Figure]:
         figures["plane.png"] = latent_plane(
             lambda plane: decode(program, {name: plane if lift is None else lift(plane)}).cpu(),
             run.shape,
-            names=("$z_1$", "$z_2$") if flat else ("component 1, deviations", "component 2, deviations"),
+            names=("$z_1$", "$z_2$") if flat else ("principal component 1", "principal component 2"),
         )
     return figures
 
