@@ -42,7 +42,7 @@ def bounds_of(estimators):
 ANY = bounds_of(AXES["estimator"])
 BY_POSTERIOR = {  # what does not go with each: see the refusals below
     "point": bounds_of(["pathwise", "doubly", "sticking"]),
-    "hamiltonian": bounds_of(["pathwise"]),
+    "hamiltonian": [pair for pair in bounds_of(["pathwise"]) if pair[0] != "piwae"],
     "bernoulli": bounds_of(SCORED),
     "one-hot": bounds_of(SCORED),
 }
@@ -124,7 +124,7 @@ def test_all_pairs_come():
 def test_penalties(interpreted, posterior, penalise):
     if (posterior, penalise) in (("iaf", "free-bits"), ("iaf", "total-correlation")):
         pytest.skip("which ask for independent entries")
-    made = config(posterior=posterior, penalise=penalise, penalty=0.3)
+    made = config(posterior=posterior, penalise=penalise, penalty=1.0 if penalise == "free-bits" else 0.3)
     holds(made, data("normal"))
 
 
@@ -155,6 +155,9 @@ def test_styles_of_nets(interpreted, nets, style):
         ({"posterior": "point", "estimator": "vimco"}, "site 'z': the guide draws a point, which has no score"),
         ({"posterior": "hamiltonian", "estimator": "doubly"}, "Hamiltonian"),
         ({"posterior": "hamiltonian", "objective": "rws"}, "Hamiltonian"),
+        ({"posterior": "hamiltonian", "objective": "piwae"}, "is made of the model"),
+        ({"posterior": "hamiltonian", "norm": "batch"}, "norm 'batch' mixes data"),
+        ({"penalise": "free-bits", "penalty": 2.0}, "'free-bits' offsets the KL"),
         ({"posterior": "mixture", "kl": "analytic"}, "site 'z': no closed form between"),
         ({"estimator": "vimco", "particles": 1}, "particles must be at least 2 for a baseline"),
         ({"prior": "mixture", "posterior": "relaxed-bernoulli"}, "comes with its own"),
