@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -161,7 +161,7 @@ class Captured:
         self.running = key
         if capturing():  # part of a larger function, and of its graph
             return self.plain(*arguments)
-        found = self.graphs[key] if key in self.graphs else self.graph(key, arguments)
+        found = self.graphs[key] if key in self.graphs else self.graph(arguments)
         if found is None:
             return self.plain(*arguments)
         if not found.ran:
@@ -183,7 +183,7 @@ class Captured:
         """Run the function as it is."""
         return self.function(*arguments)
 
-    def graph(self, key: Key, arguments: Sequence[Tensor]) -> _Ready | None:
+    def graph(self, arguments: Sequence[Tensor]) -> _Ready | None:
         """A new graph and the tensors of the modules that it takes; None where the function runs as it is."""
         if self.given_up or not self.engine.wants(self.uses(*arguments)):
             return None
@@ -209,9 +209,8 @@ class Captured:
         again and again, it is given up.
         """
         code, constants = "", tuple[Tensor, ...]()
-        with suppress(CaptureError, ValueError), self.holder.untouched(blank=changed):
-            own = self.own()
-            code, constants = traced(self.pure(own), [*(t.detach() for t in own), *arguments])
+        with suppress(CaptureError, ValueError):
+            code, constants = self.traced(arguments, blank=changed)
         if found is not None and code == found.graph.text and same(constants, found.graph.constants):
             self.holder.ignore(changed)
             return True
@@ -238,6 +237,14 @@ class Captured:
         if self.noted:
             self.engine.note(how)
         return None if graph is None else _Ready(graph, slots), changed
+
+    def traced(
+        self, arguments: Sequence[Tensor], blank: Iterable[tuple[int, str]] = ()
+    ) -> tuple[str, tuple[Tensor, ...]]:
+        """What the function computes now, as code and constants, with some attributes left blank."""
+        own = self.own()
+        with self.holder.untouched(blank=blank):
+            return traced(self.pure(own), [*(t.detach() for t in own), *arguments])
 
     def differing(self, before: dict[tuple[int, str], tuple[Any, Any]]) -> str:
         """What modules hold otherwise than before: the first such name."""
@@ -270,10 +277,8 @@ class Captured:
         found = self.graphs.get(self.running)
         if found is None:
             return True
-        own = self.own()
         try:
-            with self.holder.untouched():
-                code, constants = traced(self.pure(own), [*(t.detach() for t in own), *arguments])
+            code, constants = self.traced(arguments)
         except CaptureError as error:
             self.give_up(str(error))
             return False

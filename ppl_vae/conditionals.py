@@ -29,6 +29,7 @@ __all__ = [
     "OptimalScale",
     "Scale",
     "as_scale",
+    "at_least_one",
     "bounded",
     "unbounded",
 ]
@@ -55,6 +56,13 @@ class Conditional(nn.Module, ABC):
             ValueError: this conditional has no output layer to set.
         """
         raise ValueError(f"{type(self).__name__} cannot start from the mean of data")
+
+
+def at_least_one(**sizes: int) -> None:
+    """Raise ValueError, naming it, for a size below one."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def bounded(raw: Tensor, limit: float = LOG_SCALE_LIMIT) -> Tensor:

@@ -100,8 +100,9 @@ class Holder:
 
     def key(self) -> Key:
         """What a graph holds fixed: attributes, modes, which parameters are trained, which modules there are."""
+        parts = self.parts()
         key: list[Any] = [self.version]
-        for part in self.parts():
+        for part in parts:
             values = part.values
             for name in part.names:
                 value: Any = values.get(name)
@@ -110,7 +111,6 @@ class Holder:
                 key.append(parameter is not None and parameter.requires_grad)
             for buffer in part.buffers.values():
                 key.append(buffer is None)
-        key[0] = self.version
         return tuple(key)
 
     def held(self) -> dict[tuple[int, str], tuple[Any, Any]]:

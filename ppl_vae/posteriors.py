@@ -13,7 +13,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.special import ndtr
 
-from ppl_vae.conditionals import Conditional, NetScale, Normal, bounded
+from ppl_vae.conditionals import Conditional, NetScale, Normal, at_least_one, bounded
 from ppl_vae.divergences import FullNormal, LowRankNormal
 
 __all__ = ["FullCovariance", "LowRank", "MixtureOfNormals", "NormalMixture", "Point", "mean_field"]
@@ -89,7 +89,7 @@ class LowRank(Conditional):
 
     def __init__(self, net: nn.Module, latent: int, rank: int) -> None:
         super().__init__()
-        _at_least_one(latent=latent, rank=rank)
+        at_least_one(latent=latent, rank=rank)
         if rank > latent:
             raise ValueError(f"rank must be at most latent, {latent}, got {rank}; for more use FullCovariance")
         self.net, self.latent, self.rank = net, latent, rank
@@ -120,7 +120,7 @@ class MixtureOfNormals(Conditional):
 
     def __init__(self, net: nn.Module, latent: int, components: int) -> None:
         super().__init__()
-        _at_least_one(latent=latent, components=components)
+        at_least_one(latent=latent, components=components)
         self.net, self.latent, self.components = net, latent, components
 
     def forward(self, *context: Tensor) -> TorchDistribution:
@@ -227,12 +227,6 @@ def _probability(upper: Tensor, lower: Tensor) -> Tensor:
     """Φ(upper) - Φ(lower), in the tail where both are small: near one, their difference would be rounding."""
     right = upper + lower > 0
     return torch.where(right, ndtr(-lower) - ndtr(-upper), ndtr(upper) - ndtr(lower))
-
-
-def _at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def _split(raw: Tensor, sizes: list[int], family: str) -> tuple[Tensor, ...]:

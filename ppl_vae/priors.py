@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from ppl_vae.conditionals import Conditional, NetScale, Normal, bounded
+from ppl_vae.conditionals import Conditional, NetScale, Normal, at_least_one, bounded
 from ppl_vae.flows import Flow, Flowed
 
 __all__ = [
@@ -22,13 +22,6 @@ __all__ = [
     "conditional_normal",
     "flow_prior",
 ]
-
-
-def _at_least_one(**sizes: int) -> None:
-    """Raise ValueError, naming it, for a size below one."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 class StandardNormal(Conditional):
@@ -43,7 +36,7 @@ class StandardNormal(Conditional):
 
     def __init__(self, latent: int) -> None:
         super().__init__()
-        _at_least_one(latent=latent)
+        at_least_one(latent=latent)
         self.register_buffer("loc", torch.zeros(latent))
         self.register_buffer("scale", torch.ones(latent))
         self.loc: Tensor
@@ -71,7 +64,7 @@ class LearnedNormal(Conditional):
 
     def __init__(self, latent: int) -> None:
         super().__init__()
-        _at_least_one(latent=latent)
+        at_least_one(latent=latent)
         self.loc = nn.Parameter(torch.zeros(latent))
         self.log_scale = nn.Parameter(torch.zeros(latent))
 
@@ -100,7 +93,7 @@ class MixturePrior(Conditional):
 
     def __init__(self, latent: int, components: int, *, spread: float = 0.8) -> None:
         super().__init__()
-        _at_least_one(latent=latent, components=components)
+        at_least_one(latent=latent, components=components)
         if not 0 < spread < 1:
             raise ValueError(f"spread must lie between 0 and 1, got {spread}")
         self.logits = nn.Parameter(torch.zeros(components))
@@ -238,7 +231,7 @@ class UniformCodes(Conditional):
 
     def __init__(self, codes: int, shape: Sequence[int]) -> None:
         super().__init__()
-        _at_least_one(codes=codes)
+        at_least_one(codes=codes)
         if not shape or min(shape) < 1:
             raise ValueError(f"shape must be one or more positive lengths, got {tuple(shape)}")
         self.register_buffer("logits", torch.zeros(*shape, codes))
