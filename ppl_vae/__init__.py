@@ -36,6 +36,8 @@ from ppl_vae.counts import NegativeBinomial, Poisson
 from ppl_vae.data import Images, digits, fashion_mnist, from_path, mnist
 from ppl_vae.densities import LogJoint
 from ppl_vae.discrete import Bits, Constant, OneHotCategorical, RelaxedBernoulli, RelaxedCategorical, Simplex
+from ppl_vae.disentangling import factor_score, mutual_information, mutual_information_gap
+from ppl_vae.enumeration import enumerated
 from ppl_vae.estimators import Estimator, doubly, pathwise, sticking
 from ppl_vae.evaluate import (
     ActiveUnits,
@@ -73,7 +75,7 @@ from ppl_vae.priors import (
 from ppl_vae.runs import RunFolder, load_run, train_run
 from ppl_vae.scalars import AffineMap, ScalarMap, SplineMap
 from ppl_vae.scores import NVIL, Score, leave_one_out, score, vimco
-from ppl_vae.semisupervised import SemiSupervisedVAE
+from ppl_vae.semisupervised import SemiSupervisedVAE, hide_labels
 from ppl_vae.sequences import BackwardGRU, DeepMarkovModel, combiner, gated_transition
 from ppl_vae.traces import LogTerms, log_joint, log_terms
 from ppl_vae.train import NonFiniteError, Run, Update, fit
@@ -110,6 +112,7 @@ __all__ = [
     "Flowed",
     "FullCovariance",
     "gated_transition",
+    "hide_labels",
     "Hamiltonian",
     "HierarchicalVAE",
     "inverse_autoregressive",
@@ -175,6 +178,7 @@ __all__ = [
     "doubly",
     "EarlyStop",
     "ELBO",
+    "enumerated",
     "Estimator",
     "Film",
     "fit",
@@ -217,11 +221,14 @@ __all__ = [
     "elbo",
     "encode",
     "Estimate",
+    "factor_score",
     "log_joint",
     "log_likelihood",
     "log_terms",
     "LogJoint",
     "LogTerms",
+    "mutual_information",
+    "mutual_information_gap",
     "reconstruct",
     "sample",
     "to_arviz",

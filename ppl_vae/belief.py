@@ -33,16 +33,18 @@ def sigmoid_belief_network(*sizes: int, hidden: Sequence[int] = ()) -> Hierarchi
         hidden: widths of the deterministic layers between each two stochastic ones; none for a linear network.
 
     Raises:
-        ValueError: fewer than two sizes, or a size below one.
+        ValueError: fewer than two sizes, a size or a width below one.
 
     >>> sigmoid_belief_network(784, 200, 200).blank(3)[0].shape
     torch.Size([3, 784])
     """
-    if len(sizes) < 2 or min(*sizes, *hidden) < 1:
+    if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(
-            f"sizes: expected those of the data and of one or more layers of units, all positive, got {sizes} "
-            f"with hidden layers {tuple(hidden)}"
+            "sizes: expected those of the data and of one or more layers of units, all positive, such as "
+            f"784, 200, 200; got {sizes}"
         )
+    if min(hidden, default=1) < 1:
+        raise ValueError(f"hidden must be positive widths, or none for a linear network; got {tuple(hidden)}")
 
     def units(inputs: int, outputs: int) -> Bernoulli:
         return Bernoulli(MLP(inputs, *hidden, outputs, activation=nn.Tanh))

@@ -5,15 +5,12 @@ Adding a variant to the command line is one row in one of the tables of `ppl_vae
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,8 @@ from ppl_vae.files import PathLike
 from ppl_vae.objectives import Objective
 from ppl_vae.plan import ACTIVATIONS, SCALES, Plan
 from ppl_vae.rng import seeded
+from ppl_vae.semisupervised import hide_labels
+from ppl_vae.settings import check_each, checked, nearest, setting
 from ppl_vae.traces import KL
 from ppl_vae.transforms import dequantise, redraw, threshold
 from ppl_vae.updates import Precision
@@ -59,15 +58,12 @@ COMPILE: dict[str, Compile] = {"auto": "auto", "require": "require", "off": "off
 PRECISIONS: dict[str, Precision] = {"float32": "float32", "bf16": "bf16"}
 NETS = ("mlp", "conv")
 NORMS = ("none", "batch", "layer")
+CONDITIONINGS = ("concat", "film")
+LABELS = ("relaxed", "enumerated")
 
 
-def _setting(group: str, default: Any, text: str, **limits: Any) -> Any:
-    """A field with what the command line shows: ``choices`` (a table), ``least`` or ``above`` (a number)."""
-    return field(default=default, metadata={"group": group, "help": text, **limits})
-
-
-_data, _model, _objective = (partial(_setting, group) for group in ("data", "model", "objective"))
-_training = partial(_setting, "training")
+_data, _model, _objective = (partial(setting, group) for group in ("data", "model", "objective"))
+_training = partial(setting, "training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +87,13 @@ class Config:
     )
 
     model: str = _model("vae", "the program; a cvae is conditioned on the label", choices=AXES["model"])
+    levels: int = _model(2, "of a program with several, each half as wide as the one below", least=1)
+    path: bool = _model(False, "a deterministic path beside the levels, shared by the ladder's guide")
+    labelled: int | None = _model(
+        None, "training data whose labels a semi-supervised program sees; by default all", least=1
+    )
+    labels: str = _model("relaxed", "how such a program draws those it does not see", choices=LABELS)
+    label_weight: float = _model(10.0, "of such a program's classifier, for each label seen", least=0)
     latent: int = _model(2, "dimensions of z", least=1)
     prior: str | None = _model(None, "of z; by default standard, or conditional for a cvae", choices=AXES["prior"])
     posterior: str = _model("mean-field", "family of q(z | x)", choices=AXES["posterior"])
@@ -98,11 +101,14 @@ class Config:
         "normal", "of the pixels given z; bernoulli takes 0 and 1 only", choices=AXES["likelihood"]
     )
     scale: str = _model(
-        "learned", "of a normal or student-t: learned, per-pixel (by the decoder), optimal, or a number"
+        "learned",
+        "of a normal or student-t: learned, per-pixel (by the decoder), optimal, or a number",
+        known=SCALES,
     )
     components: int = _model(10, "of mixtures: priors, posteriors, likelihoods, pseudo-inputs", least=1)
     depth: int = _model(4, "layers of a flow, leapfrog steps", least=1)
     rank: int = _model(2, "of a low-rank covariance", least=1)
+    temperature: float = _model(2 / 3, "of relaxed posteriors and labels", above=0)
     nets: str = _model("mlp", "kind of encoder and decoder", choices=NETS)
     hidden: tuple[int, ...] = _model(
         (128, 64), "widths of the encoder's layers; the decoder has them reversed", least=1
@@ -110,24 +116,33 @@ class Config:
     channels: tuple[int, ...] = _model((32, 64), "the same of convolutional nets", least=1)
     activation: str = _model("relu", "between the layers", choices=ACTIVATIONS)
     norm: str = _model("none", "of the hidden layers", choices=NORMS)
+    conditioning: str = _model(
+        "concat",
+        "how nets take a condition: joined to their inputs, or modulating them; conv always film",
+        choices=CONDITIONINGS,
+    )
     gated: bool = _model(False, "gated hidden layers")
     residual: bool = _model(False, "residual hidden layers")
 
     objective: str = _objective("elbo", "the bound to maximise", choices=AXES["objective"])
     particles: int = _objective(1, "draws of z for each datum and step", least=1)
-    kl: str = _objective(
-        "analytic", "the elbo's KL: by draws, in closed form, or closed where it can be", choices=KLS
-    )
+    kl: str = _objective("auto", "the elbo's KL: by draws, in closed form, or closed where it can be", choices=KLS)
     estimator: str = _objective(
         "pathwise", "of the gradient; doubly and sticking take a sampled KL", choices=AXES["estimator"]
     )
     beta: float = _objective(1.0, "weight of the elbo's KL", least=0)
     warm_up: int = _objective(0, "steps in which that weight rises from 0", least=0)
+    cycle: int = _objective(0, "steps after which it rises from 0 again; by default never", least=0)
     alpha: float = _objective(0.5, "of the bounds renyi and ciwae")
     groups: int = _objective(4, "of particles, for miwae and piwae", least=1)
+    points: tuple[float, ...] = _objective(
+        (0.0, 0.01, 0.03, 0.1, 0.3), "of the thermodynamic bound, from 0 to below 1", least=0
+    )
     penalise: str = _objective("none", "what the elbo is lowered by", choices=AXES["penalise"])
     penalty: float = _objective(1.0, "weight of that", least=0)
     penalty_target: float = _objective(0.5, "nats: of free-bits per latent, of capacity in all", least=0)
+    penalty_rise: int = _objective(0, "steps in which capacity's nats rise from 0", least=0)
+    penalty_site: str | None = _objective(None, "the latent to penalise, such as z1, where there are several")
 
     epochs: int = _training(100, "passes over the training data", least=1)
     batch_size: int = _training(64, "rows per step", least=1)
@@ -150,7 +165,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+            object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
         if not self.data:
             raise ValueError("data must name a data set, a file or a folder, got nothing")
         _check_parts(self)
@@ -164,7 +179,7 @@ class Config:
             ValueError: unknown keys (the nearest known one is named), wrong types or values; ``source`` stands
                 first in the message.
         """
-        _check_each(values, source)
+        check_each(values, cls.__dataclass_fields__, source)
         return cls(**values)
 
     @classmethod
@@ -185,26 +200,62 @@ class Config:
             raise ValueError(f"config: {path} is no valid {kind}: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"config: {path} must hold keys and values, got a {type(values).__name__}")
-        _check_each(values, str(path))
+        check_each(values, cls.__dataclass_fields__, str(path))
         return cls.from_mapping({**values, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "hidden": list(self.hidden), "channels": list(self.channels)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @property
+    def given(self) -> str:
+        """What the program takes besides the data: "label", "known label", "sum", or nothing."""
+        given: str = AXES["model"][self.model].given
+        return given
+
+    @property
+    def counts(self) -> bool:
+        """Whether the data are counts, and no pictures."""
+        return bool(AXES["likelihood"][self.likelihood].data == "counts")
+
+    @property
+    def bits(self) -> tuple[bool, bool]:
+        """Whether bounds have a meaning in bits per dimension of 8-bit data, and whether noise was added."""
+        noisy = self.binarise == "dequantise"
+        return noisy or AXES["likelihood"][self.likelihood].data == "levels", noisy
 
 
 def images_of(config: Config) -> Images:
     """Load the data that a config names."""
     loader = DATA.get(config.data)
     if loader is None and not Path(config.data).expanduser().exists():
-        raise ValueError(f"data: no such file, and no known name: {config.data!r}{_nearest(config.data, DATA)}")
-    images = from_path(config.data) if loader is None else loader(config.data_dir)
+        raise ValueError(f"data: no such file, and no known name: {config.data!r}{nearest(config.data, DATA)}")
+    images = from_path(config.data, counts=config.counts) if loader is None else loader(config.data_dir)
     return images if config.limit is None else subset(images, config.limit)
 
 
-def presented(config: Config, split: Split) -> Data:
-    """A split of the images as the program sees it: binarised or not, with labels where there are any."""
-    return Data(*split.columns, transform=BINARISE[config.binarise])
+def presented(config: Config, split: Split, shape: Sequence[int], *, training: bool = False) -> Data:
+    """A split as the program takes it: binarised or not, with its labels or sums.
+
+    Args:
+        config: the settings.
+        split: the data.
+        shape: of one datum.
+        training: whether a semi-supervised program sees labels: it is judged by data without.
+    """
+    x, columns = split.x, split.columns[:1]
+    if config.model == "deep-markov":
+        columns = (x.reshape(len(x), *shape),)
+    if config.given == "sum":
+        columns = (x, x.sum(1, keepdim=True))
+    if config.given == "label":
+        columns = split.columns
+    if config.given == "known label" and split.y is not None:
+        known = len(x) if config.labelled is None else config.labelled
+        if training and known > len(x):
+            raise ValueError(f"labelled: {known} labels are asked for, and there are {len(x)} training data")
+        columns = (x, hide_labels(split.y, known if training else 0, config.seed))
+    return Data(*columns, transform=BINARISE[config.binarise])
 
 
 def build(config: Config, shape: Sequence[int], classes: int = 0) -> nn.Module:
@@ -214,7 +265,9 @@ def build(config: Config, shape: Sequence[int], classes: int = 0) -> nn.Module:
         ValueError: a conditional model for unlabelled data; settings that the parts refuse.
     """
     with seeded(config.seed):
-        program: nn.Module = AXES["model"][config.model].make(Plan(config, tuple(shape), classes))
+        program: nn.Module = AXES["model"][config.model].make(
+            Plan(config, tuple(shape), classes, given=config.given)
+        )
     return program
 
 
@@ -235,38 +288,48 @@ def objective_of(
         classes: how many labels.
     """
     with seeded(config.seed):
-        plan = Plan(config, tuple(shape), classes, size, program)
+        plan = Plan(config, tuple(shape), classes, size, program, config.given)
         objective: Objective = AXES["objective"][config.objective].make(plan)
     return objective
 
 
 def _check_parts(c: Config) -> None:
     """Raise ValueError where settings of the model do not go together."""
+    model, posterior = AXES["model"][c.model], AXES["posterior"][c.posterior]
     if c.scale != "learned" and c.likelihood not in ("normal", "student-t"):
         raise ValueError(f"scale is that of the normal and student-t likelihoods; {c.likelihood} has none")
     if c.scale not in SCALES and not _positive(c.scale):
         raise ValueError(f"scale must be {', '.join(SCALES)} or a positive number, got {c.scale!r}")
-    own = AXES["posterior"][c.posterior].prior is not None
-    if own and c.prior is not None:
+    if posterior.prior is not None and c.prior is not None:
         raise ValueError(f"prior: posterior {c.posterior!r} comes with its own; leave prior out")
-    if c.prior == "conditional" and c.model != "cvae":
-        raise ValueError("prior 'conditional' is given the label, which only model 'cvae' takes")
+    if c.prior == "conditional" and c.given not in ("label", "known label"):
+        raise ValueError("prior 'conditional' is given the label, which only 'cvae' and 'semi-supervised' take")
     if c.prior == "vamp" and (c.model != "vae" or c.posterior == "hamiltonian"):
         raise ValueError("prior 'vamp' needs model 'vae' and a posterior with a density, other than hamiltonian")
     if c.norm == "batch" and (c.prior == "vamp" or c.posterior == "hamiltonian" or c.penalise == "gradient"):
         raise ValueError(
             "norm 'batch' mixes data, which prior 'vamp', posterior 'hamiltonian' and penalise 'gradient' forbid"
         )
-    if c.model not in ("vae", "cvae") and (c.prior is not None or c.posterior != "mean-field"):
+    if model.own and (c.prior is not None or c.posterior != "mean-field"):
         raise ValueError(f"model {c.model!r} has a prior and a posterior of its own; leave both out")
-    if c.model == "belief" and c.likelihood != "bernoulli":
-        raise ValueError("model 'belief' has binary data; likelihood must be 'bernoulli'")
+    if c.model == "belief" and (c.likelihood != "bernoulli" or c.nets != "mlp" or c.path):
+        raise ValueError(
+            "model 'belief' is linear, over bits: likelihood must be 'bernoulli', nets 'mlp', no path"
+        )
+    if c.given == "sum" and not (c.counts and c.binarise == "none"):
+        raise ValueError(
+            f"model {c.model!r} is one of counts; likelihood must be one of counts, and binarise 'none'"
+        )
+    if c.labelled is not None and c.given != "known label":
+        raise ValueError(f"labelled: model {c.model!r} has no labels to hide; it is for 'semi-supervised'")
 
 
 def _check_objective(c: Config) -> None:
     """Raise ValueError where settings of the objective do not go together."""
     if (c.beta != 1 or c.warm_up) and c.objective != "elbo":
         raise ValueError("beta and warm_up weigh the KL of the elbo; the other bounds have none to weigh")
+    if c.cycle and not 0 < c.warm_up <= c.cycle:
+        raise ValueError(f"cycle is what warm_up is a part of: give warm_up from 1 to {c.cycle}, got {c.warm_up}")
     if c.estimator in ("doubly", "sticking") and c.objective == "elbo" and c.kl != "sampled":
         raise ValueError(
             f"estimator {c.estimator!r} needs the elbo's KL by draws; kl must be 'sampled', got {c.kl!r}"
@@ -277,6 +340,8 @@ def _check_objective(c: Config) -> None:
         raise ValueError(
             "penalise 'free-bits' offsets the KL: kl must not be 'sampled', penalty as beta, warm_up 0"
         )
+    if c.penalty_rise and c.penalise != "capacity":
+        raise ValueError(f"penalty_rise raises the nats of penalise 'capacity'; penalise is {c.penalise!r}")
     if c.objective == "piwae" and c.posterior == "hamiltonian":
         raise ValueError(
             "objective 'piwae' trains model and guide apart; posterior 'hamiltonian' is made of the model"
@@ -290,70 +355,3 @@ def _positive(text: str) -> bool:
         return 0 < float(text) < math.inf
     except ValueError:
         return False
-
-
-def _nearest(name: object, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-
-
-def _check_each(values: Mapping[str, Any], source: str) -> None:
-    """Check names and, one by one, values; what they must be together is checked when a `Config` is made."""
-    known = {f.name: f for f in fields(Config)}
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"{source}: unknown key {name!r}{_nearest(name, known)}")
-        try:
-            _checked(known[name], value)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-
-
-def _checked(f: Field[Any], value: Any) -> Any:
-    """A value as its field's type; raises ValueError where it is of another, or outside its range or choices."""
-    kind = str(f.type).removesuffix(" | None")
-    if value is None and kind != f.type:
-        return None
-    if f.name == "scale" and type(value) in (int, float):
-        value = str(value)
-    name, convert = TYPES[kind]
-    if (converted := convert(value)) is None:
-        raise ValueError(f"{f.name} must be {name}, got {value!r}")
-    choices = f.metadata.get("choices")
-    if choices is not None and converted not in choices:
-        raise ValueError(f"{f.name}: unknown choice {value!r}{_nearest(value, choices)}")
-    for number in converted if isinstance(converted, tuple) else (converted,):
-        if isinstance(number, int | float) and (limit := _missed(number, **f.metadata)):
-            raise ValueError(f"{f.name} must be {limit}, got {value}")
-    return converted
-
-
-def _missed(number: float, least: float = -math.inf, above: float = -math.inf, **_: Any) -> str:
-    """The limit that a number does not keep, in words."""
-    if number < least:
-        return f"at least {least}"
-    if number <= above:
-        return f"above {above}"
-    return "" if number < 2**63 else "finite" if isinstance(number, float) else "below 2**63"  # NaN is not below
-
-
-def _whole(value: Any) -> int | None:
-    return None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
-
-
-def _real(value: Any) -> float | None:
-    return None if isinstance(value, bool) or not isinstance(value, Real) else float(value)
-
-
-def _wholes(value: Any) -> tuple[int, ...] | None:
-    numbers = [_whole(v) for v in value] if isinstance(value, list | tuple) else []
-    return tuple(n for n in numbers if n is not None) if numbers and None not in numbers else None
-
-
-TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "str": ("text", lambda value: os.fspath(value) if isinstance(value, str | os.PathLike) else None),
-    "bool": ("true or false", lambda value: value if isinstance(value, bool) else None),
-    "int": ("a whole number", _whole),
-    "float": ("a number", _real),
-    "tuple[int, ...]": ("a list of one or more whole numbers", _wholes),
-}

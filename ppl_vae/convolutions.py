@@ -15,6 +15,7 @@ from typing import Unpack
 
 from torch import nn
 
+from ppl_vae.conditionals import at_least_one
 from ppl_vae.nets import Batched, Hidden, Residual, Style
 
 __all__ = ["ConvDecoder", "ConvEncoder"]
@@ -50,7 +51,7 @@ def ConvEncoder(  # noqa: N802
     torch.Size([5, 3, 40])
     """
     height, width = _smallest("ConvEncoder", shape, channels, blocks)
-    _check_positive("ConvEncoder", outputs=outputs)
+    at_least_one(outputs=outputs)
     hidden = Hidden(-3, **style)
     layers: list[nn.Module] = [nn.Unflatten(1, tuple(shape))] if flat else []
     for i, (fan_in, fan_out) in enumerate(pairwise((shape[0], *channels))):
@@ -93,7 +94,7 @@ def ConvDecoder(  # noqa: N802
     """
     height, width = _smallest("ConvDecoder", shape, channels, blocks)
     outputs = shape[0] if outputs_per_pixel is None else outputs_per_pixel
-    _check_positive("ConvDecoder", inputs=inputs, outputs_per_pixel=outputs)
+    at_least_one(inputs=inputs, outputs_per_pixel=outputs)
     hidden = Hidden(-3, **style)
 
     def spread(features: int) -> nn.Module:
@@ -141,9 +142,3 @@ def _smallest(name: str, shape: Sequence[int], channels: Sequence[int], blocks: 
             f"{tuple(channels)}; give fewer channels, or pad the images to multiples of {factor}"
         )
     return height // factor, width // factor
-
-
-def _check_positive(name: str, **numbers: int) -> None:
-    for argument, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name}: {argument} must be at least 1, got {number}")

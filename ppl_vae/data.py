@@ -81,7 +81,7 @@ class Images:
     Attributes:
         name: What to call it in a title or a run folder.
         train, valid, test: Images to fit to, to choose by (early stopping, learning rates), to report on.
-        shape: Shape of one picture, (H, W) or (C, H, W); its product is D.
+        shape: Shape of one picture, (H, W) or (C, H, W); its product is D. (D,) where the data are no pictures.
         classes: The name of each label; empty when unlabelled.
     """
 
@@ -144,8 +144,8 @@ def fashion_mnist(root: PathLike | None = None, download: bool = True) -> Images
     return _idx_images("FashionMNIST", "fashion-mnist", root, download)
 
 
-def from_path(path: PathLike, seed: int = 0) -> Images:
-    """Read a folder of pictures, an `.npz` or an `.npy` file, whichever `path` is.
+def from_path(path: PathLike, seed: int = 0, *, counts: bool = False) -> Images:
+    """Read a folder of pictures, an `.npz` or an `.npy` file, whichever `path` is; `counts` as in `from_npz`.
 
     Raises:
         ValueError: If nothing is there, or it is none of the three, or its reader refuses it.
@@ -154,12 +154,12 @@ def from_path(path: PathLike, seed: int = 0) -> Images:
     if path.is_dir():
         return from_folder(path, seed)
     if path.suffix.lower() in (".npz", ".npy"):
-        return from_npz(path, seed)
+        return from_npz(path, seed, counts=counts)
     state = "is no .npz or .npy file and no folder of pictures" if path.exists() else "does not exist"
     raise ValueError(f"{path} {state}")
 
 
-def from_npz(path: PathLike, seed: int = 0) -> Images:
+def from_npz(path: PathLike, seed: int = 0, *, counts: bool = False) -> Images:
     """Read `x` (and `y`), or `x_train`, `x_valid`, `x_test` (and `y_train`, ...), from an `.npz` file.
 
     A split that is missing is drawn from the training images, a tenth of them, stratified by label: so `x`
@@ -170,10 +170,11 @@ def from_npz(path: PathLike, seed: int = 0) -> Images:
             bool, or numbers in [0, 1]. Labels are (N,), whole numbers or text; `classes` lists the distinct
             ones in order. Flat pixels are drawn as a square where D is one, else as one row.
         seed: Which images go where, when a split has to be drawn.
+        counts: The numbers are counts 0, 1, 2, ..., (N, D), kept as they are; they are no pictures, of shape (D,).
 
     Raises:
         ValueError: If the file is missing, damaged or holds pickled objects, if the pixels have another rank
-            or scale or are NaN, or if labels and images do not match.
+            or scale or are NaN, if counts are not whole, or if labels and images do not match.
     """
     path = Path(path).expanduser()
     arrays = _load(path)
@@ -183,7 +184,7 @@ def from_npz(path: PathLike, seed: int = 0) -> Images:
     names = {"train": "" if "x" in arrays else "_train", "valid": "_valid", "test": "_test"}
     x = {part: arrays[f"x{end}"] for part, end in names.items() if f"x{end}" in arrays}
     y = {part: arrays[f"y{end}"] for part, end in names.items() if f"y{end}" in arrays}
-    return _images(path, x, y, seed)
+    return _images(path, x, y, seed, counts)
 
 
 def from_npy(path: PathLike, seed: int = 0) -> Images:
@@ -231,9 +232,10 @@ def _deal(whole: Split, sizes: Sequence[int], seed: int) -> list[Split]:
     return [whole[torch.from_numpy(rows)] for rows in np.split(order, np.cumsum(sizes))]
 
 
-def _images(path: Path, x: dict[str, Array], y: dict[str, Array], seed: int) -> Images:
+def _images(path: Path, x: dict[str, Array], y: dict[str, Array], seed: int, counts: bool = False) -> Images:
     """Check arrays of pixels and labels, keyed by split, and draw the splits that are missing."""
-    pixels = {part: _pixels(array, f"{path}: x of {part}") for part, array in x.items()}
+    read = _counts if counts else _pixels
+    pixels = {part: read(array, f"{path}: x of {part}") for part, array in x.items()}
     shapes = {part: shape for part, (_, shape) in pixels.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"{path}: pictures of all splits must have one shape, got {shapes}")
@@ -260,6 +262,17 @@ def _pixels(array: Array, where: str) -> tuple[Tensor, tuple[int, ...]]:
     side = round(flat.shape[1] ** 0.5)
     guess = (side, side) if side * side == flat.shape[1] else (1, flat.shape[1])
     return torch.from_numpy(_unit(flat, where)), array.shape[1:] if array.ndim > 2 else guess
+
+
+def _counts(array: Array, where: str) -> tuple[Tensor, tuple[int, ...]]:
+    """Counts as float32 (N, D), and the shape of one datum."""
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "biuf":
+        raise ValueError(f"{where} must be counts (N, D), got shape {array.shape}, dtype {array.dtype}")
+    wrong = ~((array >= 0) & (array == np.floor(array)) & (array < 2**24))  # NaN is not whole
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(f"{where}: row {row}, column {column} ({array[row, column]:g}) is no count below 2**24")
+    return torch.from_numpy(array.astype(np.float32)), array.shape[1:]
 
 
 def _unit(x: Array, where: str) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ppl_vae.batches import Data, Source, prepare
 from ppl_vae.capture import Compile, Engine
+from ppl_vae.conditionals import at_least_one
 from ppl_vae.estimates import ActiveUnits, Estimate
 from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
@@ -69,9 +70,10 @@ def log_likelihood(
         ``ess``, the effective sample size (Σw)² / Σw²; where it is a few, distrust value and error alike.
 
     Raises:
-        ValueError: fewer than one particle or chunk; data that do not suit the pair; a weight that is NaN.
+        ValueError: fewer than one particle or chunk; data that do not suit the pair; a guide that draws points; a
+            weight that is NaN.
     """
-    _positive(particles=particles, chunk=chunk)
+    at_least_one(particles=particles, chunk=chunk)
     sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
     (first, second), how = _summed(
         program, data, add_weights, (-math.inf, -math.inf), seed=seed, compile=compile, **sizes
@@ -96,11 +98,21 @@ def _summed(
     engine = Engine(compile)
     with _judging(program, seed) as pair:
         source = prepare(pair, data, batch_size)
+        _check_density(pair)
         sizes["rows"] = expected_rows(source, batch_size)
         sizes["batch_size"] = batch_size if isinstance(source, Data) else None
         sums = Streamed(engine, pair, add, start, **sizes)
         parts = [sums(row, batch) for row, batch in _presented(pair, source, batch_size, seed)]
     return [torch.cat(column).cpu() for column in zip(*parts, strict=True)], engine.describe()
+
+
+def _check_density(pair: Pair) -> None:
+    """Raise ValueError for a guide that draws points: its "weights" compare a mass with a density."""
+    if pair.layout is not None and pair.layout.points:
+        raise ValueError(
+            f"site {pair.layout.points[0]!r}: the guide draws a point, which has no density, so there is no bound "
+            "on log p(x); judge it by `reconstruct`, or give the guide a spread, as `mean_field` does"
+        )
 
 
 def presented(pair: Pair, data: Any, batch_size: int, seed: int) -> Iterator[tuple[int, Batch]]:
@@ -152,9 +164,10 @@ def elbo(
         the ELBO is -(rate + distortion) (Alemi et al. 2018).
 
     Raises:
-        ValueError: fewer than one particle or chunk; data that do not suit the pair; a weight that is NaN.
+        ValueError: fewer than one particle or chunk; data that do not suit the pair; a guide that draws points; a
+            weight that is NaN.
     """
-    _positive(particles=particles, chunk=chunk)
+    at_least_one(particles=particles, chunk=chunk)
     sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
     start = (0.0, 0.0, 0.0, math.nan, 0.0, 0.0)
     columns, how = _summed(program, data, add_means, start, seed=seed, compile=compile, kl=kl, **sizes)
@@ -186,7 +199,7 @@ def active_units(
     Raises:
         ValueError: fewer than two data or one particle; data that do not suit the pair.
     """
-    _positive(particles=particles)
+    at_least_one(particles=particles)
     with _judging(program, seed) as pair:
         batches = presented(pair, data, batch_size, seed)
         parts = [guide_means(pair, *b, particles=particles) for _, b in batches]
@@ -208,7 +221,7 @@ def encode(program: Program | Pair, *batch: Tensor, particles: int = 1, seed: in
     Raises:
         ValueError: fewer than one particle; a batch that does not suit the pair.
     """
-    _positive(particles=particles)
+    at_least_one(particles=particles)
     with _judging(program, seed) as pair:
         return guide_means(pair, *_checked(pair, batch), particles=particles)
 
@@ -258,7 +271,7 @@ def sample(
     Raises:
         ValueError: no way to know the shapes, fewer than one sample, conditions that do not suit the pair.
     """
-    _positive(size=size)
+    at_least_one(size=size)
     with _judging(program, seed) as pair:
         drawn = predict(pair, *_template(pair, size, context, like), latents="prior")
     return _only(drawn[2] if mean else drawn[1], site)[0]
@@ -353,9 +366,3 @@ def _only(sites: dict[str, Tensor], site: str | None) -> Tensor:
     if site is not None and site not in sites:
         raise ValueError(f"site: the model does not observe {site!r}, but {sorted(sites)}")
     return sites[site] if site is not None else next(iter(sites.values()))
-
-
-def _positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")

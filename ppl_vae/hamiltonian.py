@@ -17,7 +17,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ppl_vae.conditionals import LOG_SCALE_LIMIT, Conditional, bounded
+from ppl_vae.conditionals import LOG_SCALE_LIMIT, Conditional, at_least_one, bounded
+from ppl_vae.nets import refuse_mixing
 
 __all__ = ["Hamiltonian", "HamiltonianLaw", "Joint", "leapfrog"]
 
@@ -30,6 +31,9 @@ class Joint:
     It is no module, and so does not register the two once more with the posterior that holds it: they are part of
     the program already.
 
+    Raises:
+        ValueError: a prior or likelihood with BatchNorm, which mixes data: see `Hamiltonian`.
+
     >>> from ppl_vae.likelihoods import Bernoulli
     >>> from ppl_vae.nets import MLP
     >>> from ppl_vae.priors import StandardNormal
@@ -38,6 +42,7 @@ class Joint:
     """
 
     def __init__(self, prior: Conditional, likelihood: Conditional) -> None:
+        refuse_mixing(prior=prior, likelihood=likelihood)
         self.prior, self.likelihood = prior, likelihood
 
     def __call__(self, z: Tensor, x: Tensor, *condition: Tensor) -> Tensor:
@@ -51,7 +56,9 @@ class Hamiltonian(Conditional):
 
     The density of a draw is known at that draw alone, and together with momenta. So bounds hold, and estimators
     that differentiate them through draws; what asks for q(z | x) elsewhere raises ValueError: closed KLs,
-    `doubly` and scores. Data must not mix inside ``log_joint``, as BatchNorm mixes them in training.
+    `doubly` and scores. Data must not mix inside ``log_joint``, as BatchNorm mixes them in training: the slope at
+    one datum's z would be that of the others' densities, too. `Joint`, and a ``log_joint`` that is a module, are
+    looked through for it.
 
     Args:
         base: q(z | x), with reparameterised draws (d,).
@@ -63,7 +70,7 @@ class Hamiltonian(Conditional):
             quadratic in k as in the paper, and is learned if greater than 1.
 
     Raises:
-        ValueError: sizes out of range.
+        ValueError: sizes out of range; a ``log_joint`` with BatchNorm.
 
     >>> from ppl_vae.likelihoods import Bernoulli
     >>> from ppl_vae.nets import MLP
@@ -86,9 +93,8 @@ class Hamiltonian(Conditional):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, size in (("latent", latent), ("steps", steps)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        at_least_one(latent=latent, steps=steps)
+        refuse_mixing(log_joint=log_joint)
         if not math.exp(-LOG_SCALE_LIMIT) < step_size < math.exp(LOG_SCALE_LIMIT):
             raise ValueError(f"step_size must lie within exp(±{LOG_SCALE_LIMIT:g}), got {step_size}")
         if not 1 <= temperature < math.inf:

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -17,6 +18,10 @@ from ppl_vae.rng import seeded
 from ppl_vae.sites import Site, base, plate_shape, statements
 
 __all__ = ["Layout", "check_finite", "check_rows", "check_supports", "check_values", "inspect"]
+
+WORDS = {  # for supports whose own names say little
+    constraints.nonnegative_integer: "whole numbers 0, 1, 2, ... in floating point (bytes are pixels, x / 255)",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Layout:
             tensor that the model reshapes first is found, a copy of it is not.
         score_only: latent sites without a reparameterised sampler.
         enumerated: latent sites that the model enumerates and the guide leaves out, as TraceEnum_ELBO allows.
+        points: latent sites whose posterior is a point where the prior has a density: such a guide has no bound.
         outside: sites outside the data plate; with any, there is no bound per datum.
         population: how many data the data plate stands for, where that is not the batch's length.
     """
@@ -39,6 +45,7 @@ class Layout:
     observed: dict[str, tuple[int | None, str, Any]]
     score_only: tuple[str, ...]
     enumerated: tuple[str, ...]
+    points: tuple[str, ...]
     outside: tuple[str, ...]
     population: int | None
 
@@ -70,6 +77,7 @@ def inspect(pair: Pair, batch: Batch) -> Layout:
         observed={n: _observation(s, batch) for n, s in model.items() if s["is_observed"]},
         score_only=tuple(n for n, s in guide.items() if not s["fn"].has_rsample),
         enumerated=enumerated,
+        points=_points(model, guide),
         outside=tuple(dict.fromkeys(s["name"] for s in sites if plate_shape(s) is None)),
         population=full if full != len(batch[0]) else None,
     )
@@ -105,6 +113,17 @@ def _match(model: dict[str, Site], guide: dict[str, Site]) -> tuple[str, ...]:
     if extra:
         raise ValueError(f"site {min(extra)!r}: drawn by the guide, but no latent of the model")
     return tuple(sorted(enumerated))
+
+
+def _points(model: dict[str, Site], guide: dict[str, Site]) -> tuple[str, ...]:
+    """Latents for which a guide draws points among real numbers; whole ones have a probability, as others have.
+
+    Pyro's automatic guides draw points too, around auxiliary sites that hold the density.
+    """
+    if any(site["infer"].get("is_auxiliary") for site in guide.values()):
+        return ()
+    lone = {n for n, s in guide.items() if isinstance(base(s["fn"]), Delta) and s["value"].is_floating_point()}
+    return tuple(n for n in guide if n in lone and n in model and not isinstance(base(model[n]["fn"]), Delta))
 
 
 def _check_shape(site: Site) -> None:
@@ -185,7 +204,9 @@ def check_values(site: str, value: Tensor, family: str, support: Any) -> None:
         if support is constraints.boolean
         else "rescale the data or choose another likelihood"
     )
-    raise ValueError(f"site {site!r}: {family} takes {support}, got {entry:g} in row {row}; {advice}")
+    raise ValueError(
+        f"site {site!r}: {family} takes {WORDS.get(support, support)}, got {entry:g} in row {row}; {advice}"
+    )
 
 
 def check_finite(column: Tensor, name: str) -> None:

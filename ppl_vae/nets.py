@@ -17,6 +17,7 @@ from typing import Literal, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
     "MLP",
@@ -30,6 +31,7 @@ __all__ = [
     "Style",
     "output_bias",
     "pooled",
+    "refuse_mixing",
 ]
 
 Norm = Literal["batch", "layer"]
@@ -310,6 +312,18 @@ def _hidden(net: nn.Module) -> dict[str, tuple[int, int]]:
             case nn.GroupNorm():
                 norms[name] = -3, module.num_channels
     return norms or dict([*maps.items()][:-1])
+
+
+def refuse_mixing(**parts: object) -> None:
+    """Raise ValueError, naming it, for a part with a BatchNorm; only modules can be looked through."""
+    for argument, part in parts.items():
+        for name, module in part.named_modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, _BatchNorm):
+                place = f" at {name!r}" if name else ""
+                raise ValueError(
+                    f"{argument}: it holds a {type(module).__name__}{place}, which mixes the data of a batch, and "
+                    "they must stay apart here; use layer norm (norm='layer'), or none"
+                )
 
 
 def output_bias(net: nn.Module, size: int) -> nn.Parameter:

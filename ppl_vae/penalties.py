@@ -21,6 +21,8 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from ppl_vae.conditionals import at_least_one
+from ppl_vae.nets import refuse_mixing
 from ppl_vae.objectives import Part
 from ppl_vae.pairs import Batch
 from ppl_vae.sites import Site, base, family
@@ -156,8 +158,7 @@ class TotalCorrelation(Penalty):
 
     def __init__(self, size: int, weight: float, site: str | None = None) -> None:
         super().__init__(weight)
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        at_least_one(size=size)
         self.size, self.site = size, site
 
     def forward(self, model: Sites, guide: Sites, batch: Batch) -> Tensor:
@@ -290,14 +291,17 @@ class GradientPenalty(Penalty):
     Args:
         weight: of the squared norm.
         decoder: a net or a conditional, called with (z, *context); the context is the batch less its first tensor.
+            Data must not mix in it, as BatchNorm mixes them: Jᵀv would hold the others' slopes, too.
         site: the latent; may be left out where there is one.
 
     Raises:
-        ValueError: a negative weight; when run, no such site, or several latents and none named.
+        ValueError: a negative weight, a decoder with BatchNorm; when run, no such site, or several latents and
+            none named.
     """
 
     def __init__(self, weight: float, decoder: nn.Module, site: str | None = None) -> None:
         super().__init__(weight)
+        refuse_mixing(decoder=decoder)
         self.decoder = (decoder,)  # in a tuple: it is the pair's, and no submodule of this one
         self.site = site
 

@@ -1,4 +1,4 @@
-"""Programs and their parts by name, as the strings of a configuration name them. One row is one choice."""
+"""The parts of programs by name, as the strings of a configuration name them. One row is one choice."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.belief import sigmoid_belief_network
 from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, OptimalScale, Scale
 from ppl_vae.convolutions import ConvDecoder, ConvEncoder
 from ppl_vae.counts import NegativeBinomial, Poisson
 from ppl_vae.discrete import Bits, Constant, OneHotCategorical, RelaxedBernoulli, RelaxedCategorical, Simplex
 from ppl_vae.flows import Flowed, planar, radial
 from ppl_vae.hamiltonian import Hamiltonian, Joint
-from ppl_vae.hierarchies import HierarchicalVAE, LadderVAE
 from ppl_vae.likelihoods import Bernoulli, Beta, ContinuousBernoulli, StudentT
-from ppl_vae.models import CVAE, VAE
 from ppl_vae.nets import MLP, Concat, Modulated, OneHot
 from ppl_vae.pixels import Categorical, DiscretisedLogistic, LogisticMixture
 from ppl_vae.posteriors import FullCovariance, LowRank, MixtureOfNormals, Point, mean_field
@@ -31,7 +28,7 @@ from ppl_vae.triangular import coupling, inverse_autoregressive, masked_autoregr
 if TYPE_CHECKING:
     from ppl_vae.config import Config
 
-__all__ = ["ACTIVATIONS", "LIKELIHOODS", "MODELS", "POSTERIORS", "PRIORS", "SCALES", "Choice", "Plan"]
+__all__ = ["ACTIVATIONS", "LIKELIHOODS", "POSTERIORS", "PRIORS", "SCALES", "Choice", "Plan"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -55,12 +52,27 @@ class Choice:
         about: shown by ``ppl-vae info --axes``.
         prior: for posteriors that need one of their own: `Plan` -> it.
         front: for the same: what maps their draws to what a decoder takes.
+        density: for posteriors, whether they have one, and with it bounds.
+        data: for likelihoods, what they are of: any real numbers, those of [0, 1], bits, 256 levels, or counts.
+        given: for programs, what they take besides the data: the label, as far as it is known, or the sum.
+        own: for programs with a prior and a posterior of their own.
     """
 
     make: Callable[[Plan], Any]
     about: str
     prior: Callable[[Plan], Conditional] | None = None
     front: Callable[[], nn.Module] | None = None
+    density: bool = True
+    data: Literal["real", "unit", "binary", "levels", "counts"] = "real"
+    given: Literal["", "label", "known label", "sum"] = ""
+    own: bool = False
+
+
+class _Log(nn.Module):
+    """log(1 + x): counts as nets want them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log1p()
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,12 @@ class Plan:
 
     Attributes:
         config: the settings.
-        shape: of one picture, (H, W) or (C, H, W).
+        shape: of one datum: a picture, (H, W) or (C, H, W), or (D,) where it is none.
         classes: how many labels there are.
         size: how many training data.
         program: the one that an objective is for.
+        given: what the program takes besides the data, as in `Choice`.
+        code: width of what the decoder takes, where it is not z.
     """
 
     config: Config
@@ -80,10 +94,12 @@ class Plan:
     classes: int = 0
     size: int = 1
     program: Any = None
+    given: str = ""
+    code: int | None = None
 
     @property
     def width(self) -> int:
-        """Pixels of one picture."""
+        """Numbers of one datum."""
         return math.prod(self.shape)
 
     @property
@@ -102,39 +118,52 @@ class Plan:
         """A multilayer perceptron in the configured style."""
         return MLP(*sizes, residual=self.config.residual, **self.style)
 
-    def encoder(self, outputs: int) -> nn.Module:
-        """A net of the data, and of the label where there is one."""
-        labels = self.classes if self.conditional else 0
+    def encoder(self, outputs: int, given: bool = True) -> nn.Module:
+        """A net of the data and, with ``given``, of what is given besides."""
+        first = _Log() if LIKELIHOODS[self.config.likelihood].data == "counts" else None
         if self.config.nets == "conv":
-            net = ConvEncoder(self.channels_first, self.config.channels, outputs, flat=True, **self.conv)
-            return Modulated(net, labels, OneHot(labels)) if labels else net
-        mlp = self.mlp(self.width + labels, *self.config.hidden, outputs)
-        return Concat(mlp, None, OneHot(labels)) if labels else mlp
+            net: nn.Module = ConvEncoder(
+                self.channels_first, self.config.channels, outputs, flat=True, **self.conv
+            )
+            return Modulated(net, *self.condition) if given and self.given else net
+        return self._joined(self.width, outputs, first, self.config.hidden, given and bool(self.given))
 
     def decoder(self, outputs: int) -> nn.Module:
-        """A net of the latent, and of the label where there is one."""
-        labels = self.classes if self.conditional else 0
-        if self.config.nets == "conv":
-            pixels = math.prod(self.channels_first[1:])
-            channels = tuple(reversed(self.config.channels))
-            net: nn.Module = ConvDecoder(
-                self.latent + labels, channels, self.channels_first, outputs // pixels, flat=True, **self.conv
-            )
-        else:
-            net = self.mlp(self.latent + labels, *reversed(self.config.hidden), outputs)
-        front = POSTERIORS[self.config.posterior].front
-        if labels:
-            return Concat(net, None if front is None else front(), OneHot(labels))
-        return net if front is None else nn.Sequential(front(), net)
+        """A net of the latent and, unless a likelihood takes that itself, of what is given besides."""
+        make, given = POSTERIORS[self.config.posterior].front, self.given not in ("", "sum")
+        front, code = None if make is None else make(), self.latent if self.code is None else self.code
+        if self.config.nets == "mlp":
+            return self._joined(code, outputs, front, tuple(reversed(self.config.hidden)), given)
+        pixels, channels = math.prod(self.channels_first[1:]), tuple(reversed(self.config.channels))
+        net: nn.Module = ConvDecoder(
+            code, channels, self.channels_first, outputs // pixels, flat=True, **self.conv
+        )
+        net = net if front is None else nn.Sequential(front, net)
+        return Modulated(net, *self.condition) if given else net
+
+    def _joined(
+        self, inputs: int, outputs: int, first: nn.Module | None, hidden: tuple[int, ...], given: bool
+    ) -> nn.Module:
+        """A perceptron of inputs mapped by ``first`` and of what is given, joined to them or modulating layers."""
+        if given and self.config.conditioning == "concat":
+            width, embedding = self.condition
+            return Concat(self.mlp(inputs + width, *hidden, outputs), first, embedding)
+        net = self.mlp(inputs, *hidden, outputs)
+        net = net if first is None else nn.Sequential(first, net)
+        return Modulated(net, *self.condition) if given else net
 
     @property
-    def conditional(self) -> bool:
-        """Whether the program takes the label."""
-        return self.config.model == "cvae"
+    def condition(self) -> tuple[int, nn.Module]:
+        """The width of what is given besides the data, as nets take it, and what makes that of it."""
+        if self.given == "sum":
+            return 1, _Log()
+        return self.classes, OneHot(self.classes) if self.given == "label" else nn.Identity()
 
     @property
     def channels_first(self) -> tuple[int, ...]:
         """The picture's shape with its channels, (C, H, W)."""
+        if len(self.shape) < 2:
+            raise ValueError(f"nets: conv takes pictures, and these data have shape {self.shape}; use mlp")
         return (1, *self.shape) if len(self.shape) == 2 else self.shape
 
     @property
@@ -159,7 +188,7 @@ class Plan:
         if own is not None:
             return own(self)
         if chosen is None:
-            chosen = "conditional" if self.conditional else "standard"
+            chosen = "conditional" if self.given == "label" else "standard"
         made: Conditional = PRIORS[chosen].make(self)
         return made
 
@@ -187,13 +216,19 @@ def _flowed(plan: Plan, flows: Any) -> Conditional:
     return Flowed(mean_field(plan.encoder(2 * plan.latent)), *flows)
 
 
+def _relaxed(plan: Plan, family: Callable[..., Conditional], prior: bool = False) -> Conditional:
+    """A relaxed posterior, or the prior beside it, which is three quarters as warm (2/3 and 1/2 in the paper)."""
+    heat = plan.config.temperature
+    return family(Constant(_zeros(plan)), 0.75 * heat) if prior else family(plan.encoder(plan.latent), heat)
+
+
 def _zeros(plan: Plan) -> Tensor:
     return torch.zeros(plan.latent)
 
 
 def _by_label(plan: Plan) -> Conditional:
-    labels = plan.classes
-    return conditional_normal(nn.Sequential(OneHot(labels), plan.mlp(labels, 2 * plan.latent)))
+    width, embedding = plan.condition
+    return conditional_normal(nn.Sequential(embedding, plan.mlp(width, 2 * plan.latent)))
 
 
 def _vamp(plan: Plan) -> Conditional:
@@ -238,7 +273,9 @@ POSTERIORS: dict[str, Choice] = {
         ),
         "mixture of diagonal normals",
     ),
-    "point": Choice(lambda p: Point(p.encoder(p.latent)), "a point: an autoencoder"),
+    "point": Choice(
+        lambda p: Point(p.encoder(p.latent)), "a point: an autoencoder, which has no bound", density=False
+    ),
     "hamiltonian": Choice(
         lambda p: Hamiltonian(
             mean_field(p.encoder(2 * p.latent)), Joint(p.prior, p.likelihood), p.latent, steps=p.config.depth
@@ -247,87 +284,65 @@ POSTERIORS: dict[str, Choice] = {
     ),
     "bernoulli": Choice(
         lambda p: Bernoulli(p.encoder(p.latent)),
-        "bits, by scores",
+        "bits, by scores; with their own prior",
         prior=lambda p: Bernoulli(Constant(_zeros(p), learned=True)),
     ),
     "one-hot": Choice(
         lambda p: OneHotCategorical(p.encoder(p.latent)),
-        "one category of as many as latents, by scores",
+        "one category of as many as latents, by scores or enumerated; under a uniform prior",
         prior=lambda p: OneHotCategorical(Constant(_zeros(p))),
     ),
     "relaxed-bernoulli": Choice(
-        lambda p: RelaxedBernoulli(p.encoder(p.latent), 2 / 3),
-        "bits, relaxed",
-        prior=lambda p: RelaxedBernoulli(Constant(_zeros(p)), 1 / 2),
+        lambda p: _relaxed(p, RelaxedBernoulli),
+        "bits, relaxed, with --temperature",
+        prior=lambda p: _relaxed(p, RelaxedBernoulli, prior=True),
         front=Bits,
     ),
     "relaxed-one-hot": Choice(
-        lambda p: RelaxedCategorical(p.encoder(p.latent), 2 / 3),
-        "one category of as many as latents, relaxed",
-        prior=lambda p: RelaxedCategorical(Constant(_zeros(p)), 1 / 2),
+        lambda p: _relaxed(p, RelaxedCategorical),
+        "one category of as many as latents, relaxed, with --temperature",
+        prior=lambda p: _relaxed(p, RelaxedCategorical, prior=True),
         front=Simplex,
     ),
 }
+
+
+def _negative_binomial(plan: Plan, inflated: bool = False) -> Conditional:
+    net = plan.decoder((1 + inflated) * plan.width)
+    spread = LearnedScale(1.0, shape=(plan.width,))
+    return NegativeBinomial(net, spread, inflated=inflated, sized=plan.given == "sum")
+
+
+def _logistics(plan: Plan, coupled: bool = False) -> Conditional:
+    if coupled and (len(plan.shape) < 3 or plan.shape[0] != 3):
+        raise ValueError(f"likelihood: coupled channels need pictures in colour, (3, H, W), got {plan.shape}")
+    numbers = plan.config.components * plan.width * 3
+    return LogisticMixture(
+        plan.decoder(numbers * 10 // 9 if coupled else numbers), plan.config.components, coupled=coupled
+    )
+
 
 LIKELIHOODS: dict[str, Choice] = {
     "normal": Choice(lambda p: p.located(Normal), "real numbers; σ by --scale"),
     "student-t": Choice(
         lambda p: p.located(partial(StudentT, df=LearnedScale(5.0))), "real numbers with heavy tails"
     ),
-    "bernoulli": Choice(lambda p: Bernoulli(p.decoder(p.width)), "0 and 1"),
-    "continuous-bernoulli": Choice(lambda p: ContinuousBernoulli(p.decoder(p.width)), "[0, 1]"),
-    "beta": Choice(lambda p: Beta(p.decoder(2 * p.width)), "(0, 1), its ends left out"),
-    "categorical": Choice(lambda p: Categorical(p.decoder(256 * p.width)), "the 256 levels of 8-bit pixels"),
+    "bernoulli": Choice(lambda p: Bernoulli(p.decoder(p.width)), "0 and 1", data="binary"),
+    "continuous-bernoulli": Choice(lambda p: ContinuousBernoulli(p.decoder(p.width)), "[0, 1]", data="unit"),
+    "beta": Choice(lambda p: Beta(p.decoder(2 * p.width)), "(0, 1), its ends left out", data="unit"),
+    "categorical": Choice(
+        lambda p: Categorical(p.decoder(256 * p.width)), "the 256 levels of 8-bit pixels", data="levels"
+    ),
     "logistic": Choice(
-        lambda p: DiscretisedLogistic(p.decoder(2 * p.width), NetScale()), "the same, by a discretised logistic"
+        lambda p: DiscretisedLogistic(p.decoder(2 * p.width), NetScale()),
+        "the same, by a discretised logistic",
+        data="levels",
     ),
-    "logistic-mixture": Choice(
-        lambda p: LogisticMixture(p.decoder(3 * p.config.components * p.width), p.config.components),
-        "the same, by a mixture of them",
+    "logistic-mixture": Choice(_logistics, "the same, by a mixture of them", data="levels"),
+    "coupled-logistics": Choice(
+        partial(_logistics, coupled=True), "the same, in colour, each channel given those before", data="levels"
     ),
-    "poisson": Choice(lambda p: Poisson(p.decoder(p.width)), "counts"),
-    "negative-binomial": Choice(
-        lambda p: NegativeBinomial(p.decoder(p.width), LearnedScale(1.0, shape=(p.width,))),
-        "counts more spread than a Poisson's",
-    ),
-    "zero-inflated": Choice(
-        lambda p: NegativeBinomial(p.decoder(2 * p.width), LearnedScale(1.0, shape=(p.width,)), inflated=True),
-        "the same with more zeros",
-    ),
-}
-
-
-def _labelled(plan: Plan) -> CVAE:
-    if plan.classes < 1:
-        raise ValueError("model: cvae needs labelled data; these have no labels")
-    return CVAE(plan.prior, plan.likelihood, plan.posterior)
-
-
-def _normals(plan: Plan) -> list[Conditional]:
-    """Priors of two levels, the upper of half as many dimensions."""
-    upper = max(1, plan.latent // 2)
-    return [conditional_normal(plan.mlp(upper, *plan.config.hidden[-1:], 2 * plan.latent)), StandardNormal(upper)]
-
-
-def _hierarchical(plan: Plan) -> HierarchicalVAE:
-    upper = max(1, plan.latent // 2)
-    second = mean_field(plan.mlp(plan.latent, *plan.config.hidden[-1:], 2 * upper))
-    return HierarchicalVAE(_normals(plan), plan.likelihood, [mean_field(plan.encoder(2 * plan.latent)), second])
-
-
-def _ladder(plan: Plan) -> LadderVAE:
-    upper, last = max(1, plan.latent // 2), plan.config.hidden[-1]
-    features = [plan.encoder(last), plan.mlp(last, *plan.config.hidden[-1:], last)]
-    evidence = [mean_field(nn.Linear(last, 2 * plan.latent)), mean_field(nn.Linear(last, 2 * upper))]
-    return LadderVAE(_normals(plan), plan.likelihood, features, evidence)
-
-
-MODELS: dict[str, Choice] = {
-    "vae": Choice(lambda p: VAE(p.prior, p.likelihood, p.posterior), "one latent vector per datum"),
-    "cvae": Choice(_labelled, "the same, given the label"),
-    "hierarchical": Choice(_hierarchical, "two levels, normals, a guide from the bottom up"),
-    "ladder": Choice(_ladder, "two levels, normals, a guide from the top down"),
-    "belief": Choice(
-        lambda p: sigmoid_belief_network(p.width, p.latent), "binary units over binary data, by scores"
-    ),
+    "poisson": Choice(lambda p: Poisson(p.decoder(p.width), sized=p.given == "sum"), "counts", data="counts"),
+    "negative-binomial": Choice(_negative_binomial, "counts more spread than a Poisson's", data="counts"),
+    "zero-inflated": Choice(partial(_negative_binomial, inflated=True), "the same with more zeros", data="counts"),
 }

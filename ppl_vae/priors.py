@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ppl_vae.conditionals import Conditional, NetScale, Normal, at_least_one, bounded
 from ppl_vae.flows import Flow, Flowed
+from ppl_vae.nets import refuse_mixing
 
 __all__ = [
     "LearnedNormal",
@@ -113,14 +114,16 @@ class VampPrior(Conditional):
     the posterior that it was given: another, put in the program later, needs another prior.
 
     Args:
-        posterior: q(z | x) of x alone, whose distribution has a density at values of any broadcast shape.
+        posterior: q(z | x) of x alone, whose distribution has a density at values of any broadcast shape. It must
+            not mix data, as BatchNorm does: in training, q(z | u) would depend on the other pseudo-inputs.
         inputs: the first pseudo-inputs (M, *event), as the posterior takes them.
         unit: keep them between 0 and 1, through a sigmoid, as data in [0, 1] are; the first ones are then pulled
             to within [.01, .99]. Without it they are free, as suits data of any scale.
         learned_weights: learn π, equal in the beginning, instead of keeping 1 / M (section 2.3 has it constant).
 
     Raises:
-        ValueError: inputs that are not rows of numbers in floating point or, with ``unit``, not in [0, 1].
+        ValueError: inputs that are not rows of numbers in floating point or, with ``unit``, not in [0, 1]; a
+            posterior with BatchNorm.
 
     >>> from ppl_vae.nets import MLP
     >>> posterior = Normal(MLP(784, 200, 2 * 20), NetScale())
@@ -137,15 +140,14 @@ class VampPrior(Conditional):
         learned_weights: bool = False,
     ) -> None:
         super().__init__()
+        refuse_mixing(posterior=posterior)
         if inputs.dim() < 2 or not inputs.is_floating_point():
             raise ValueError(
                 f"inputs: expected rows in floating point, (M, *event), got {tuple(inputs.shape)} {inputs.dtype}"
             )
-        if unit and not 0 <= float(inputs.min()) <= float(inputs.max()) <= 1:
-            raise ValueError("inputs: with unit=True they must lie in [0, 1]; rescale the data, or use unit=False")
         self.__dict__["posterior"] = posterior  # unregistered: its weights are the program's, and saved there
         self.unit = unit
-        self.raw = nn.Parameter(torch.logit(inputs, eps=0.01) if unit else inputs.clone())
+        self.raw = nn.Parameter(self._unconstrained(inputs))
         weights = torch.zeros(len(inputs))
         self.logits: Tensor
         if learned_weights:
@@ -177,16 +179,30 @@ class VampPrior(Conditional):
         """
         if not 1 <= components <= len(x):
             raise ValueError(f"components must be from 1 to the {len(x)} rows of the data, got {components}")
-        rows = x[torch.randperm(len(x))[:components].to(x.device)]
-        rows = rows / 255 if rows.dtype == torch.uint8 else rows
-        return cls(posterior, rows, unit=unit, learned_weights=learned_weights)
+        return cls(posterior, _drawn(x, components), unit=unit, learned_weights=learned_weights)
 
     @torch.no_grad()
     def start_at(self, x: Tensor) -> None:
-        """Put the pseudo-inputs at rows of the data ``x`` (N, *event), drawn with replacement where N is small."""
-        rows = torch.randint(len(x), (len(self.raw),)) if len(x) < len(self.raw) else torch.randperm(len(x))
-        found = x[rows[: len(self.raw)].to(x.device)].to(self.raw)
-        self.raw.copy_(torch.logit(found, eps=0.01) if self.unit else found)
+        """Put the pseudo-inputs at rows of the data, drawn as `from_data` draws them, with replacement if N < M.
+
+        Args:
+            x: data (N, *event), as there.
+
+        Raises:
+            ValueError: no data, or of another shape than the pseudo-inputs; with ``unit``, not in [0, 1].
+        """
+        if not len(x) or x.shape[1:] != self.raw.shape[1:]:
+            expected = ", ".join(map(str, self.raw.shape[1:]))
+            raise ValueError(f"x: expected one or more rows, (N, {expected}), got {tuple(x.shape)}")
+        self.raw.copy_(self._unconstrained(_drawn(x, len(self.raw))))
+
+    def _unconstrained(self, inputs: Tensor) -> Tensor:
+        """What `raw` is at pseudo-inputs."""
+        if self.unit and not 0 <= float(inputs.min()) <= float(inputs.max()) <= 1:
+            raise ValueError(
+                "pseudo-inputs: with unit=True they must lie in [0, 1]; rescale the data, or use unit=False"
+            )
+        return torch.logit(inputs, eps=0.01) if self.unit else inputs.clone()
 
     @property
     def inputs(self) -> Tensor:
@@ -197,6 +213,13 @@ class VampPrior(Conditional):
         """Return the mixture without batch shape."""
         posterior: Callable[[Tensor], TorchDistribution] = self.__dict__["posterior"]
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), posterior(self.inputs))
+
+
+def _drawn(x: Tensor, count: int) -> Tensor:
+    """So many rows of ``x``, drawn with replacement only where there are fewer, bytes as x / 255."""
+    order = torch.randint(len(x), (count,)) if len(x) < count else torch.randperm(len(x))[:count]
+    rows = x[order.to(x.device)]
+    return rows / 255 if rows.dtype == torch.uint8 else rows
 
 
 def flow_prior(latent: int, *flows: Flow) -> Flowed:

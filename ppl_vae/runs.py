@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ from ppl_vae.data import Images, Split
 from ppl_vae.evaluate import decode, encode, reconstruct, sample
 from ppl_vae.files import PathLike, write_whole
 from ppl_vae.film import Film
-from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, linear
+from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, cyclical, linear
 from ppl_vae.pairs import as_pair
 from ppl_vae.plots import (
     curves,
@@ -101,9 +100,14 @@ class RunFolder:
             raise ValueError(
                 f"data: pictures of {config.data} have shape {images.shape}, those of the run {self.shape}"
             )
-        if takes_condition(self.program) and images.classes != self.classes:
+        if "label" in config.given and images.classes != self.classes:
             raise ValueError(f"data: {config.data} has labels {images.classes}, the run {self.classes}")
         return images
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the data can be shown."""
+        return len(self.shape) > 1
 
 
 def train_run(
@@ -131,12 +135,12 @@ def train_run(
     device, images = as_device(config.device), images_of(config)
     program: Any = build(config, images.shape, len(images.classes))
     with seeded(config.seed):
-        rows = presented(config, images.train).present(slice(None))[0]
-        program.likelihood.start_from(rows)
+        rows = presented(config, images.train, images.shape).present(slice(None))[0]
+        program.likelihood.start_from(rows.flatten(0, -2))
         if start := getattr(getattr(program, "prior", None), "start_at", None):
             start(rows)
     for split in (images.train, images.valid, images.test):
-        prepare(as_pair(program), presented(config, split))
+        prepare(as_pair(program), presented(config, split, images.shape, training=split is images.train))
     path = _open_folder(Path(folder))
     record = RunFolder(path, config, images.shape, images.classes, program)
     try:
@@ -157,8 +161,8 @@ def _fit(record: RunFolder, images: Images, device: torch.device, progress: bool
     schedule = SCHEDULES[config.schedule]
     return fit(
         record.program,
-        presented(config, images.train),
-        presented(config, images.valid),
+        presented(config, images.train, images.shape, training=True),
+        presented(config, images.valid, images.shape),
         objective=objective,
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -180,26 +184,24 @@ def _hooks(record: RunFolder, images: Images, objective: nn.Module) -> list[Hook
     if config.patience is not None:
         hooks.append(EarlyStop(config.patience))
     if config.warm_up:
-        beta = objective.get_buffer("beta")
-        hooks.append(Anneal(beta, linear(0.0, config.beta, config.warm_up)))
-    if config.film:
-        rows = _shown(config, images.valid[:FILMED], record.program)
+        share = config.warm_up / max(config.cycle, 1)
+        rise = cyclical(0.0, config.beta, config.cycle, share) if config.cycle else None
+        hooks.append(Anneal(objective.get_buffer("beta"), rise or linear(0.0, config.beta, config.warm_up)))
+    if config.penalty_rise:
+        target = objective.get_buffer("penalties.0.target")
+        hooks.append(Anneal(target, linear(0.0, config.penalty_target, config.penalty_rise)))
+    if config.film and record.pictures:
+        rows = _shown(record, images.valid[:FILMED])
         hooks.append(Film(path / FIGURES / FILM, rows, images.shape, draws=FILMED))
     if find_spec("tensorboard") is not None:  # an extra; metrics.csv holds the same
         hooks.append(LogTensorBoard(path / EVENTS))
     return hooks
 
 
-def _shown(config: Config, split: Split, program: nn.Module) -> tuple[Tensor, ...]:
-    """All rows of a split as the program takes them: pixels, and for a conditional model labels."""
-    with seeded(config.seed):
-        batch = presented(config, split).present(slice(None))
-    return batch if takes_condition(program) else batch[:1]
-
-
-def takes_condition(program: Any) -> bool:
-    """Whether a program takes labels besides the data."""
-    return len(signature(program.model).parameters) > 1
+def _shown(run: RunFolder, split: Split) -> tuple[Tensor, ...]:
+    """All rows of a split as the program takes them."""
+    with seeded(run.config.seed):
+        return presented(run.config, split, run.shape).present(slice(None))
 
 
 def load_run(folder: PathLike) -> RunFolder:
@@ -213,7 +215,7 @@ def load_run(folder: PathLike) -> RunFolder:
     try:
         config = Config.from_mapping(held["config"], str(path / RECORD))
         shape, classes = tuple(held["shape"]), tuple(held["classes"])
-        if len(shape) not in (2, 3) or not all(type(side) is int and side > 0 for side in shape):
+        if len(shape) not in (1, 2, 3) or not all(type(side) is int and side > 0 for side in shape):
             raise TypeError(f"shape {shape}")
         if not all(isinstance(name, str) for name in classes):
             raise TypeError(f"classes {classes}")
@@ -256,7 +258,7 @@ def draw_figures(run: RunFolder, images: Images) -> list[Path]:
     folder = run.path / FIGURES
     history = _history(run.path / METRICS)
     figures: dict[str, Figure] = {"curves.png": curves(history)} if history else {}
-    figures |= _inferred(run, images) | _generated(run)
+    figures |= _inferred(run, images) | (_generated(run) if run.pictures else {})
     folder.mkdir(exist_ok=True)
     return [save(figure, folder / name) for name, figure in figures.items()]
 
@@ -264,20 +266,27 @@ def draw_figures(run: RunFolder, images: Images) -> list[Path]:
 def _inferred(run: RunFolder, images: Images) -> dict[str, Figure]:
     """Figures of held-out data: reconstructions, codes, and the plane that the codes spread in."""
     program, split = run.program, images.test[:SCATTERED]
-    shown = _shown(run.config, split, program)
+    shown = _shown(run, split)
     some = tuple(column[:30] for column in shown)
-    figures = {"reconstructions.png": reconstructions(some[0], reconstruct(program, *some).cpu(), run.shape)}
+    figures = {}
+    if run.pictures:
+        figures["reconstructions.png"] = reconstructions(some[0], reconstruct(program, *some).cpu(), run.shape)
     codes = encode(program, *shown)
-    name = min(codes)  # of several levels, that next to the data
+    name = "z" if "z" in codes else min(codes)  # of several levels, that next to the data
     z = codes[name].cpu()
     flat = z.shape[1] <= 2
     if not flat and len(z) < 2:
         return figures  # no plane through a single code
     figures["latent.png"] = latent_scatter(z, split.y, images.classes)
-    if z.shape[1] > 1 and not takes_condition(program):
+    if z.shape[1] > 1 and run.pictures and not run.config.given:
         lift = _plane(z) if not flat else None
+        rest = {other: code.mean(0) for other, code in codes.items() if other != name}
         figures["plane.png"] = latent_plane(
-            lambda plane: decode(program, {name: plane if lift is None else lift(plane)}).cpu(),
+            lambda plane: decode(
+                program,
+                {name: plane if lift is None else lift(plane)}
+                | {other: mean.expand(len(plane), *mean.shape) for other, mean in rest.items()},
+            ).cpu(),
             run.shape,
             names=("$z_1$", "$z_2$") if flat else ("principal component 1", "principal component 2"),
         )
@@ -292,8 +301,8 @@ def _plane(z: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _generated(run: RunFolder) -> dict[str, Figure]:
-    """Means of draws from the prior; of a conditional model, a row for each label."""
-    if not takes_condition(run.program):
+    """Means of draws from the prior; of a model that takes labels, a row for each."""
+    if not run.config.given:
         return {"samples.png": samples(sample(run.program, 64, mean=True).cpu(), run.shape)}
     rows = torch.arange(min(len(run.classes), MOST_ROWS)).repeat_interleave(10)
     means = sample(run.program, len(rows), rows, mean=True).cpu()

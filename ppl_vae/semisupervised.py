@@ -20,7 +20,7 @@ from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 from ppl_vae.conditionals import Conditional
 from ppl_vae.nets import OneHot
 
-__all__ = ["Labels", "SemiSupervisedVAE"]
+__all__ = ["Labels", "SemiSupervisedVAE", "hide_labels"]
 
 Labels = Literal["enumerated", "relaxed"]
 
@@ -184,6 +184,37 @@ class SemiSupervisedVAE(nn.Module):
         if not bool(known.any()):
             raise ValueError("y: every label is missing, so there is nothing to compare with")
         return float((self.classify(x).argmax(-1) == y)[known].double().mean())
+
+
+def hide_labels(y: Tensor, keep: int, seed: int = 0) -> Tensor:
+    """Labels of which ``keep`` are left, as evenly over the classes as can be, and the others are -1.
+
+    Args:
+        y: labels (N,), integers; -1 where one is missing already.
+        keep: how many to leave.
+        seed: decides which; the caller's random stream is left alone.
+
+    Returns:
+        A new tensor (N,).
+
+    Raises:
+        ValueError: fewer labels than are to be left, or a negative number of them.
+
+    >>> hide_labels(torch.tensor([0, 1, 0, 1, 1, 0]), keep=2).sort().values
+    tensor([-1, -1, -1, -1,  0,  1])
+    """
+    known = int((y >= 0).sum())
+    if not 0 <= keep <= known:
+        raise ValueError(f"keep must be from 0 to {known}, the labels that there are, got {keep}")
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    turn = torch.full_like(y, len(y))  # the how manieth of its class each is, in that order
+    for label in y[y >= 0].unique():  # type: ignore[no-untyped-call]
+        rows = order[y[order] == label]
+        turn[rows] = torch.arange(len(rows), device=y.device)
+    rows = order[turn[order].argsort(stable=True)][:keep]
+    kept = torch.full_like(y, -1)
+    kept[rows] = y[rows]
+    return kept
 
 
 def _check_settings(classes: int, labels: str, alpha: float, temperature: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from ppl_vae.conditionals import Conditional, NetScale, Normal
+from ppl_vae.conditionals import Conditional, NetScale, Normal, at_least_one
 from ppl_vae.nets import MLP
 from ppl_vae.posteriors import mean_field
 
@@ -36,6 +36,7 @@ class DeepMarkovModel(nn.Module):
         likelihood: p(x_t | z_t).
         features: module (x, mask or None) -> (B, T, features), for instance ``BackwardGRU(88, 64)``.
         posterior: q(z_t | z_{t-1}, h_t), for instance ``combiner(20, 64)``; two inputs, (K, B, d) and (B, F).
+        steps: how long sequences are that are drawn without a mask; by default a mask is needed.
 
     Shapes: x is (B, T, *event); sites "z1" to "zT" are (K, B, d) under K particles; site "x" holds all steps.
 
@@ -55,8 +56,12 @@ class DeepMarkovModel(nn.Module):
         likelihood: Conditional,
         features: nn.Module,
         posterior: Conditional,
+        steps: int | None = None,
     ) -> None:
         super().__init__()
+        if steps is not None:
+            at_least_one(steps=steps)
+        self.steps = steps
         self.initial, self.transition, self.likelihood = initial, transition, likelihood
         self.features, self.posterior = features, posterior
 
@@ -87,8 +92,12 @@ class DeepMarkovModel(nn.Module):
                 z = pyro.sample(f"z{step + 1}", _within(law, mask, step))
 
     @torch.no_grad()
-    def blank(self, size: int, mask: Tensor) -> tuple[Tensor, ...]:
+    def blank(self, size: int, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """A batch of the right shapes, for sampling sequences of the lengths that ``mask`` (size, T) tells."""
+        if mask is None and self.steps is not None:
+            mask = torch.ones(size, self.steps, dtype=torch.bool, device=next(self.parameters()).device)
+        if mask is None:
+            raise ValueError("mask: give one, (size, T), or declare the program with its `steps`")
         if mask.dim() != 2 or len(mask) != size:
             raise ValueError(f"mask: expected shape ({size}, steps), one row per sample, got {tuple(mask.shape)}")
         z = self.initial().sample()  # only its shape is used

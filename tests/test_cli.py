@@ -149,6 +149,45 @@ def test_evaluate(here, capsys, name):
     assert [found[k] for k in ("split", "size", "particles", "chunk", "seed")] == ["train", 30, 25, 10, 3]
 
 
+@pytest.mark.parametrize(
+    ("settings", "told", "figures"),
+    [
+        ("--model semi-supervised --labelled 20", ["log p(x) of 40", "accuracy: 0."], {"labels", "latent"}),
+        ("--model deep-markov --latent 3", ["z8 "], {"samples", "plane", "reconstructions"}),
+        ("--model ladder --levels 3 --path --latent 4", ["z3 "], {"samples", "plane"}),
+        ("--posterior point --latent 3", ["a guide of points, which has no bound", "squared error"], {"samples"}),
+        ("--likelihood logistic --data {levels}", ["bits/dim"], {"samples"}),
+        ("--binarise dequantise --data {levels}", ["bits/dim"], {"samples"}),
+        ("--likelihood poisson --model sized --data {counts}", ["log p(x | sum) of"], {"curves", "latent"}),
+    ],
+    ids=lambda value: value.split(" --data")[0] if isinstance(value, str) else "",
+)
+def test_every_kind_of_program_from_training_to_pictures(tmp_path, monkeypatch, capsys, settings, told, figures):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.save("levels.npy", rng.integers(0, 256, (50, 4, 4), dtype=np.uint8))
+    np.save("counts.npy", rng.poisson(5.0, (50, 6)))
+    settings = settings.format(levels="levels.npy", counts="counts.npy")
+    assert run(f"train {SMALL} --compile off {settings} --out r", capsys)[::2] == (0, "")
+    code, out, err = run("evaluate r --particles 3 --compile off", capsys)
+    assert (code, err) == (0, "")
+    assert all(words in out for words in told), out
+    found = json.loads(Path("r/results.json").read_text(), parse_constant=pytest.fail)
+    assert ("nats_per_datum" in found) == ("point" not in settings)
+    assert figures <= {path.stem for path in Path("r/figures").iterdir()}
+    code, out, err = run("sample r -n 20 --noise", capsys)
+    assert (code, err) == (0, "")
+    drawn = np.load("r/figures/drawn.npy")
+    assert len(drawn) == 20
+    assert np.isfinite(drawn).all()
+    if bits := found.get("bits_per_dimension"):
+        dims, noise = 16, "dequantise" in settings
+        nats = found["nats_per_datum"]["-L_3"]["mean"]
+        assert bits["mean"] == pytest.approx(nats / dims / np.log(2) + 8 * noise, rel=1e-6)
+        assert bits["direction"] == "upper"
+        assert ("bits/dim" in found["nats_per_datum"]) is False
+
+
 def test_evaluate_one_datum_with_one_particle(here, capsys):
     code, out, err = run("evaluate vae --particles 1 --limit 1", capsys)
     assert (code, err) == (0, "")

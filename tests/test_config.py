@@ -11,8 +11,9 @@ import torch
 import ppl_vae as pv
 from ppl_vae import config
 from ppl_vae.axes import AXES
-from ppl_vae.cli import _parser
+from ppl_vae.cli import COMMANDS
 from ppl_vae.config import Config, build, images_of, objective_of, presented
+from ppl_vae.flags import parser
 from ppl_vae.train import as_device
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -23,6 +24,7 @@ CHOICES = [  # of the rest: the axes are test_contract's
     for choice in f.metadata.get("choices", ())
     if choice != "dequantise"  # digits have no 256 levels
 ]
+NEEDS = {"labels": {"model": "semi-supervised"}, "conditioning": {"model": "cvae"}}
 
 
 def write(path, text):
@@ -32,7 +34,7 @@ def write(path, text):
 
 def flag(name):
     """The command line's flag for a setting."""
-    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in parser("", COMMANDS)._actions if isinstance(a, argparse._SubParsersAction))
     return next(a for a in commands.choices["train"]._actions if a.dest == name)
 
 
@@ -107,6 +109,15 @@ def test_mistakes_in_a_file_are_named_with_the_file(tmp_path, text, message):
     [
         ({"objective": "iwae", "beta": 2.0}, "beta and warm_up"),
         ({"objective": "iwae", "warm_up": 10}, "beta and warm_up"),
+        ({"cycle": 10}, "give warm_up from 1 to 10, got 0"),
+        ({"cycle": 10, "warm_up": 11}, "give warm_up from 1 to 10, got 11"),
+        ({"penalty_rise": 5, "penalise": "mmd"}, "raises the nats of penalise 'capacity'"),
+        ({"points": (0.0, -0.1)}, "points must be at least 0"),
+        ({"points": (0.0, "x")}, "points must be a list of one or more numbers"),
+        ({"labelled": 10}, "model 'vae' has no labels to hide"),
+        ({"model": "sized"}, "likelihood must be one of counts"),
+        ({"model": "sized", "likelihood": "poisson", "binarise": "redraw"}, "and binarise 'none'"),
+        ({"model": "belief", "likelihood": "bernoulli", "nets": "conv"}, "model 'belief' is linear"),
         ({"likelihood": "bernoulli", "scale": "0.1"}, "bernoulli has none"),
         ({"scale": "often"}, "scale must be learned, per-pixel, optimal or a positive number"),
         ({"scale": "-1"}, "scale must be"),
@@ -136,11 +147,13 @@ def test_unreadable_files(tmp_path):
 
 @pytest.mark.parametrize(("name", "choice"), CHOICES)
 def test_every_choice_trains_and_is_judged(name, choice):
-    settings = {"epochs": 1, "hidden": (8,), "limit": 20, name: choice}
+    settings = {"epochs": 1, "hidden": (8,), "limit": 20, **NEEDS.get(name, {}), name: choice}
+    if choice == "enumerated":
+        settings["estimator"] = "enumerated"
     made = Config(**settings)
     images = images_of(made)
     program = build(made, images.shape, len(images.classes))
-    train, test = presented(made, images.train), presented(made, images.test)
+    train, test = (presented(made, split, images.shape) for split in (images.train, images.test))
     before = {n: v.clone() for n, v in program.state_dict().items()}
     schedule = config.SCHEDULES[made.schedule]
     run = pv.fit(
@@ -182,7 +195,7 @@ def test_objectives_take_their_settings():
 def test_binarisation():
     split = images_of(Config(limit=50)).train
     grey, cut, drawn, again = (
-        presented(Config(binarise=name), split).present(slice(None))[0]
+        presented(Config(binarise=name), split, (8, 8)).present(slice(None))[0]
         for name in ("none", "threshold", "redraw", "redraw")
     )
     assert torch.equal(grey, split.x)
@@ -190,6 +203,100 @@ def test_binarisation():
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
     assert not torch.equal(drawn, again)  # anew at each presentation
     assert torch.equal(drawn[split.x == 0], split.x[split.x == 0])
+
+
+def test_labels_are_hidden_from_a_semisupervised_program():
+    made = Config(model="semi-supervised", labelled=20, limit=100)
+    images = images_of(made)
+    (x, y) = presented(made, images.train, images.shape, training=True).columns
+    assert torch.equal(x, images.train.x)
+    assert y[y >= 0].bincount().tolist() == [2] * 10
+    assert torch.equal(y[y >= 0], images.train.y[y >= 0])
+    assert presented(made, images.test, images.shape).columns[1].unique().tolist() == [
+        -1
+    ]  # it is judged by x alone
+    with pytest.raises(ValueError, match="labelled: 20 labels are asked for, and there are 10"):
+        presented(made, images.train[:10], images.shape, training=True)
+
+
+def test_counts_come_from_files_as_they_are(tmp_path):
+    x = np.random.default_rng(0).poisson(300, (40, 6))
+    for dtype in (np.int32, np.float64, np.uint16):
+        np.save(tmp_path / "cells.npy", x.astype(dtype))
+        made = Config(data=tmp_path / "cells.npy", model="sized", likelihood="negative-binomial", hidden=(4,))
+        images = images_of(made)
+        assert images.shape == (6,)
+        assert sorted(images.train.x.sum(1).tolist() + images.valid.x.sum(1).tolist()) != []
+        counts, sums = presented(made, images.test, images.shape).columns
+        assert torch.equal(counts.sum(1, keepdim=True), sums)
+        assert {
+            float(v) for v in torch.cat([s.x for s in (images.train, images.valid, images.test)]).unique()
+        } == {float(v) for v in np.unique(x)}
+    with pytest.raises(ValueError, match=r"nets: conv takes pictures, and these data have shape \(6,\)"):
+        build(dataclasses.replace(made, nets="conv"), images.shape)
+    for wrong, why in ((x + 0.5, "is no count"), (-x, "is no count"), (x[..., None], r"must be counts \(N, D\)")):
+        np.save(tmp_path / "cells.npy", wrong)
+        with pytest.raises(ValueError, match=why):
+            images_of(made)
+
+
+@pytest.mark.parametrize(("levels", "path"), [(1, False), (3, False), (1, True), (3, True)])
+@pytest.mark.parametrize("model", ["hierarchical", "ladder"])
+def test_levels_and_a_path(model, levels, path):
+    made = Config(model=model, levels=levels, path=path, latent=8, hidden=(6, 5))
+    program = build(made, (4, 4))
+    x = torch.rand(7, 16)
+    bound = pv.ELBO()(pv.as_pair(program), x)
+    assert bound.shape == (7,)
+    assert {name: tuple(code.shape) for name, code in pv.encode(program, x).items()} == {
+        f"z{level + 1}": (7, 8 >> level) for level in range(levels)
+    }
+    assert (program.path is not None) == path
+
+
+def test_a_markov_chain_reads_rows():
+    made = Config(model="deep-markov", latent=3, hidden=(6,), limit=30)
+    images = images_of(made)
+    program = build(made, images.shape)
+    data = presented(made, images.test, images.shape)
+    assert torch.equal(data.columns[0], images.test.x.reshape(30, 8, 8))
+    assert [*pv.encode(program, *data.columns)] == [f"z{t}" for t in range(1, 9)]
+    assert pv.sample(program, 4).shape == (4, 8, 8)
+    for shape, nets in (((3, 8, 8), "mlp"), ((8, 8), "conv")):
+        with pytest.raises(ValueError, match="deep-markov reads grey pictures"):
+            build(dataclasses.replace(made, nets=nets), shape)
+
+
+def test_coupled_channels_need_colour():
+    made = Config(likelihood="coupled-logistics", components=2, hidden=(4,))
+    assert build(made, (3, 2, 2)).likelihood(torch.zeros(1, 2)).event_shape == (12,)
+    with pytest.raises(ValueError, match="coupled channels need pictures in colour"):
+        build(made, (2, 2))
+
+
+@pytest.mark.parametrize("nets", ["mlp", "conv"])
+def test_a_condition_modulates_or_is_joined(nets):
+    for how, kind in (("film", pv.Modulated), ("concat", pv.Concat if nets == "mlp" else pv.Modulated)):
+        program = build(Config(model="cvae", conditioning=how, nets=nets, channels=(4,)), (4, 4), classes=3)
+        assert isinstance(program.likelihood.net, kind)
+        x = torch.rand(6, 16)
+        assert pv.ELBO()(pv.as_pair(program), x, torch.arange(6) % 3).shape == (6,)
+
+
+def test_temperatures():
+    program = build(Config(posterior="relaxed-bernoulli", temperature=0.4), (2, 2))
+    assert float(program.posterior.temperature) == pytest.approx(0.4)
+    assert float(program.prior.temperature) == pytest.approx(0.3)
+
+
+def test_points_and_sites_reach_their_objectives():
+    made = objective_of(Config(objective="thermodynamic", points=(0.0, 0.5), particles=3))
+    assert made.bound.points == (0.0, 0.5)
+    for penalise in ("mmd", "total-correlation", "gradient", "factor", "adversarial"):
+        made = Config(model="hierarchical", penalise=penalise, penalty_site="z2", hidden=(4,))
+        program = build(made, (2, 2))
+        (penalty,) = objective_of(made, program, (2, 2), 10).penalties
+        assert penalty.site == "z2"
 
 
 def test_conditional_model_needs_labels():

@@ -3,6 +3,7 @@
 Every row of every table of `ppl_vae.axes` is taken, so that a new one is covered by being there.
 """
 
+import math
 from itertools import cycle
 
 import pytest
@@ -17,15 +18,20 @@ from ppl_vae.rng import seeded
 
 SHAPE, ROWS = (4, 4), 24
 SCORED = ("score", "leave-one-out", "vimco", "nvil")
-LEVELS = {"categorical", "logistic", "logistic-mixture"}
+LEVELS = {"categorical", "logistic", "logistic-mixture", "coupled-logistics"}
 COUNTS = {"poisson", "negative-binomial", "zero-inflated"}
 SMALL = {"latent": 3, "hidden": (8,), "components": 3, "depth": 2, "particles": 2, "groups": 2, "kl": "auto"}
+
+
+def shape_of(likelihood):
+    """Pictures, in colour where a likelihood wants it."""
+    return (3, 2, 2) if likelihood == "coupled-logistics" else SHAPE
 
 
 def data(likelihood):
     """Pixels on the scale of a likelihood."""
     with seeded(1):
-        x = torch.rand(ROWS, 16)
+        x = torch.rand(ROWS, math.prod(shape_of(likelihood)))
         if likelihood in COUNTS:
             return torch.poisson(4 * x)
         if likelihood == "bernoulli":
@@ -35,16 +41,17 @@ def data(likelihood):
 
 def bounds_of(estimators):
     """Pairs of an objective and an estimator of its gradient."""
+    estimators = [*estimators]
     pairs = [(o, e) for e in estimators for o in AXES["objective"] if o != "rws"]
     return [*pairs, *([("rws", "pathwise")] if set(SCORED) <= set(estimators) else [])]
 
 
-ANY = bounds_of(AXES["estimator"])
+ANY = bounds_of(name for name in AXES["estimator"] if name != "enumerated")
 BY_POSTERIOR = {  # what does not go with each: see the refusals below
     "point": bounds_of(["pathwise", "doubly", "sticking"]),
     "hamiltonian": [pair for pair in bounds_of(["pathwise"]) if pair[0] != "piwae"],
     "bernoulli": bounds_of(SCORED),
-    "one-hot": bounds_of(SCORED),
+    "one-hot": bounds_of((*SCORED, "enumerated")),
 }
 
 
@@ -78,25 +85,29 @@ def config(**settings):
 
 def trained(made, how, columns, classes=0):
     """Two steps of a config's program and objective."""
-    program = build(made, SHAPE, classes)
-    goal = objective_of(made, program, SHAPE, ROWS)
+    shape = shape_of(made.likelihood)
+    program = build(made, shape, classes)
+    goal = objective_of(made, program, shape, ROWS, classes)
     run = fit(program, columns, objective=goal, epochs=1, batch_size=ROWS // 2, compile=how, clip_norm=10.0)
     return program, run
 
 
-def holds(made, *columns, classes=0, judged=True):
-    """Assert that a config trains, captured as written, and is judged."""
+def holds(made, *columns, classes=0):
+    """Assert that a config trains, captured as written, and is judged, or why it is not."""
     (plain, first), (ours, second) = (trained(made, how, columns, classes) for how in ("off", "require"))
     assert second.history[0]["train"] == pytest.approx(first.history[0]["train"], rel=1e-3, abs=1e-3)
-    before = build(made, SHAPE, classes).state_dict()
+    before = build(made, shape_of(made.likelihood), classes).state_dict()
     ends = weights(plain)
     assert any(not torch.equal(ends[name], before[name]) for name in ends)
     for name, theirs in ends.items():
         torch.testing.assert_close(weights(ours)[name], theirs, rtol=1e-2, atol=2e-3)
-    if judged:
-        bound = pv.log_likelihood(ours, columns, particles=3, compile="off")
-        assert bound.value.shape == (ROWS,)
-        assert bool(bound.value.isfinite().all())
+    if not AXES["posterior"][made.posterior].density:
+        with pytest.raises(ValueError, match="site 'z': the guide draws a point"):
+            pv.log_likelihood(ours, columns, particles=3, compile="off")
+        return ours
+    bound = pv.log_likelihood(ours, columns, particles=3, compile="off")
+    assert bound.value.shape == (ROWS,)
+    assert bool(bound.value.isfinite().all())
     return ours
 
 
@@ -128,17 +139,53 @@ def test_penalties(interpreted, posterior, penalise):
     holds(made, data("normal"))
 
 
+def context(model, x):
+    """What a program takes besides the data."""
+    given = AXES["model"][model].given
+    labels = torch.arange(ROWS) % 3
+    return {
+        "": (),
+        "label": (labels,),
+        "known label": (torch.where(torch.arange(ROWS) % 4 == 0, labels, -1),),
+        "sum": (x.sum(1, keepdim=True),),
+    }[given]
+
+
+KINDS = {"belief": "bernoulli", "sized": "poisson"}
+
+
 @pytest.mark.parametrize("model", [*AXES["model"]])
 @pytest.mark.parametrize("nets", ["mlp", "conv"])
 def test_programs(interpreted, model, nets):
-    binary = model == "belief"
-    likelihood = "bernoulli" if binary else "normal"
-    goal = {"estimator": "vimco", "objective": "iwae"} if binary else {}
+    if nets == "conv" and model in ("belief", "deep-markov"):
+        pytest.skip("which has nets of its own")
+    likelihood = KINDS.get(model, "normal")
+    goal = {"estimator": "vimco", "objective": "iwae"} if model == "belief" else {}
     made = config(model=model, nets=nets, channels=(4, 4), likelihood=likelihood, **goal)
-    labels = (torch.arange(ROWS) % 3,) if model == "cvae" else ()
-    program = holds(made, data(likelihood), *labels, classes=3)
-    context = (torch.arange(5) % 3,) if labels else ()
-    assert pv.sample(program, 5, *context).shape == (5, 16)
+    x = data(likelihood)
+    given = context(model, x)
+    program = holds(made, x.reshape(ROWS, *SHAPE) if model == "deep-markov" else x, *given, classes=3)
+    assert pv.sample(program, 5, *(column[:5] for column in given)).numel() == 5 * 16
+
+
+@pytest.mark.parametrize(("objective", "estimator"), ANY, ids=str)
+def test_a_condition_goes_with_every_bound_and_estimator(interpreted, objective, estimator):
+    x = data("bernoulli")
+    made = config(model="cvae", likelihood="bernoulli", objective=objective, estimator=estimator)
+    holds(made, x, *context("cvae", x), classes=3)
+
+
+@pytest.mark.parametrize("labels", ["relaxed", "enumerated"])
+@pytest.mark.parametrize(("objective", "estimator"), bounds_of(AXES["estimator"]), ids=str)
+def test_labels_go_with_every_bound_and_estimator(interpreted, objective, estimator, labels):
+    pathwise = estimator in ("pathwise", "sticking", "doubly")
+    if (labels == "enumerated") == (pathwise and objective != "rws"):
+        pytest.skip("drawn by scores or summed over, or else relaxed")
+    x = data("normal")
+    made = config(
+        model="semi-supervised", objective=objective, estimator=estimator, labels=labels, label_weight=1.0
+    )
+    holds(made, x, *context("semi-supervised", x), classes=3)
 
 
 @pytest.mark.parametrize("style", [{"norm": "batch"}, {"norm": "layer"}, {"gated": True}, {"residual": True}])
@@ -162,7 +209,9 @@ def test_styles_of_nets(interpreted, nets, style):
         ({"estimator": "vimco", "particles": 1}, "particles must be at least 2 for a baseline"),
         ({"prior": "mixture", "posterior": "relaxed-bernoulli"}, "comes with its own"),
         ({"posterior": "planar", "model": "ladder"}, "has a prior and a posterior of its own"),
-        ({"prior": "conditional"}, "only model 'cvae' takes"),
+        ({"prior": "conditional"}, "only 'cvae' and 'semi-supervised' take"),
+        ({"estimator": "enumerated"}, "site 'z'|no discrete latent"),
+        ({"posterior": "bernoulli", "estimator": "enumerated"}, "site 'z'"),
         ({"prior": "vamp", "posterior": "hamiltonian"}, "prior 'vamp' needs"),
         ({"model": "belief"}, "likelihood must be 'bernoulli'"),
         ({"penalise": "mmd", "objective": "iwae"}, "penalties belong to the elbo"),

@@ -190,10 +190,19 @@ def test_what_cannot_be_is_refused():
     vae = around(Poisson(pv.MLP(2, G)))
     x = torch.ones(300, G)
     x[280, 1] = 0.5
-    with pytest.raises(ValueError, match=r"Poisson takes .*, got 0.5 in row 280"):
+    with pytest.raises(ValueError, match=r"Poisson takes whole numbers 0, 1, 2, \.\.\. .*, got 0.5 in row 280"):
         fit(vae, x, epochs=1)
-    with pytest.raises(ValueError, match="Poisson takes"):  # bytes are pixels
+    with pytest.raises(
+        ValueError, match=r"in floating point \(bytes are pixels, x / 255\), got 0.00392157 in row 0"
+    ):
         fit(vae, torch.ones(300, G, dtype=torch.uint8), epochs=1)
+
+
+@kinds
+def test_data_that_are_no_counts_are_named_in_words(name):
+    program = around(KINDS[name](pv.MLP(2, raw(name).numel())))
+    with pytest.raises(ValueError, match=r"site 'x': \w+ takes whole numbers 0, 1, 2, \.\.\. in floating point"):
+        fit(program, torch.full((4, G), -1.0), epochs=1)
 
 
 def around(likelihood):

@@ -19,7 +19,8 @@ from exact import LinearGaussian
 
 import ppl_vae
 import ppl_vae.plots
-from ppl_vae.cli import _parser
+from ppl_vae.cli import COMMANDS
+from ppl_vae.flags import parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -163,7 +164,7 @@ def test_commands_are_understood(page):
     for line in lines:
         words = shlex.split(line, comments=True)
         if words[:1] == ["ppl-vae"]:
-            _parser().parse_args(words[1:])
+            parser("", COMMANDS).parse_args(words[1:])
 
 
 def test_readme_gives_the_two_commands():

@@ -208,6 +208,41 @@ def test_bad_settings(options, message):
         Hamiltonian(pv.mean_field(pv.MLP(2, 4)), warped, **({"latent": 2} | options))
 
 
+def batch_normed(inputs, outputs):
+    return pv.MLP(inputs, 8, outputs, norm="batch")
+
+
+class Energy(nn.Module):
+    """A log p(x, z) that is a module, with a net made for it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, z, x):
+        return -self.net(z).square().sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda: Joint(pv.StandardNormal(2), pv.Bernoulli(batch_normed(2, 8))), "likelihood"),
+        (lambda: Joint(pv.conditional_normal(batch_normed(3, 4)), pv.Bernoulli(pv.MLP(2, 8))), "prior"),
+        (lambda: Hamiltonian(pv.mean_field(pv.MLP(8, 4)), Energy(batch_normed(2, 8)), latent=2), "log_joint"),
+    ],
+)
+def test_data_must_not_mix_in_the_joint(make, argument):
+    with pytest.raises(ValueError, match=f"{argument}: it holds a BatchNorm1d at 'net.1.net'.* use layer norm"):
+        make()
+
+
+def test_layer_norm_does_not_mix_and_the_base_may():
+    base, likelihood = pv.mean_field(batch_normed(8, 4)), pv.Bernoulli(pv.MLP(2, 8, 8, norm="layer"))
+    posterior = Hamiltonian(base, Joint(pv.StandardNormal(2), likelihood), latent=2)
+    assert posterior(torch.ones(5, 8)).rsample().isfinite().all()
+    Hamiltonian(base, Energy(pv.MLP(2, 8, 8, norm="layer")), latent=2)
+
+
 @pytest.mark.parametrize(
     "base", [pv.mean_field(pv.MLP(4, 6)), OneHotCategorical(pv.MLP(4, 2))], ids=["3 latents", "discrete"]
 )

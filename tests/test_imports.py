@@ -15,9 +15,11 @@ LAYERS = [
     "rng files products rewrites graphs transforms nets convolutions conditionals priors scalars flows triangular "
     "likelihoods pixels counts posteriors divergences discrete hamiltonian",
     "models hierarchies belief sequences semisupervised",
-    "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries",
-    "streams batches holding capture updates steps hooks loop train estimates streaming densities evaluate",
-    "data plots arviz_export film checkpoint plan axes config runs cli",
+    "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
+    "enumeration",
+    "streams batches holding capture updates steps hooks loop train estimates streaming densities evaluate "
+    "disentangling",
+    "data plots arviz_export film checkpoint settings plan axes config runs flags cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ENTRANCES = {"__init__", "__main__"}  # they stand above all layers

@@ -422,6 +422,11 @@ def test_one_latent_is_named_where_there_are_several(make):
         (lambda: MMD(1.0, "linear"), "kernel must be 'imq' or 'rbf', got 'linear'"),
         (lambda: MMD(1.0, scales=()), "scales must be one or more positive numbers, got ()"),
         (lambda: MMD(1.0, scales=(1.0, 0.0)), "scales must be one or more positive numbers, got (1.0, 0.0)"),
+        (
+            lambda: GradientPenalty(1.0, pv.Normal(pv.MLP(2, 5, 3, norm="batch"), 0.1)),
+            "decoder: it holds a BatchNorm1d at 'net.1.net', which mixes the data of a batch",
+        ),
+        (lambda: GradientPenalty(1.0, nn.BatchNorm2d(3)), "decoder: it holds a BatchNorm2d, which mixes the data"),
         (lambda: DecoderL2(-1.0, nn.Linear(2, 2)), "weight must be finite and not negative, got -1.0"),
     ],
 )

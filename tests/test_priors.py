@@ -243,16 +243,35 @@ def test_the_vamp_prior_leaves_the_posterior_to_the_program():
     assert all(g.abs().sum() > 0 for g in gradient)  # the prior's density trains the posterior, too
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("kind", ["real", "unit", "bytes"])
-def test_pseudo_inputs_start_at_rows_of_the_data(kind):
+def test_pseudo_inputs_start_at_rows_of_the_data(kind, later):
     rows = pixels(40).clamp(0, 1)
     rows = (255 * rows).byte() if kind == "bytes" else rows
     x = rows / 255 if kind == "bytes" else rows
     with seeded(0):
-        prior = VampPrior.from_data(pv.mean_field(pv.MLP(WIDTH, 2 * LATENT)), rows, 40, unit=kind == "unit")
+        posterior = pv.mean_field(pv.MLP(WIDTH, 2 * LATENT))
+        first = 0 * x if later else rows
+        prior = VampPrior.from_data(posterior, first, 40, unit=kind == "unit")
+        if later:
+            prior.start_at(rows)
     order = torch.cdist(prior.inputs, x).argmin(1)
     assert order.unique().numel() == 40
     torch.testing.assert_close(prior.inputs.detach(), x[order], atol=0.0101 if kind == "unit" else 1e-6, rtol=0)
+
+
+def test_pseudo_inputs_repeat_where_data_are_fewer():
+    rows = torch.tensor([[0.2, 0.4], [0.9, 0.5]])
+    prior = VampPrior(posterior_of, torch.full((30, 2), 0.5), unit=True)
+    with seeded(0):
+        prior.start_at(rows)
+    near = torch.cdist(prior.inputs.detach(), rows)
+    assert float(near.min(1).values.max()) < 1e-5
+    assert sorted(near.argmin(1).unique().tolist()) == [0, 1]
+
+
+def batch_normed():
+    return pv.mean_field(pv.MLP(3, 5, 4, norm="batch"))
 
 
 def test_codes_are_equally_likely():
@@ -294,6 +313,20 @@ def posterior_of(x):
         (
             lambda: VampPrior.from_data(posterior_of, torch.zeros(3, 2), 0),
             "from 1 to the 3 rows of the data, got 0",
+        ),
+        (
+            lambda: VampPrior(batch_normed(), torch.zeros(3, 3)),
+            r"posterior: it holds a BatchNorm1d at 'net.1.net', which mixes the data .* use layer norm",
+        ),
+        (lambda: VampPrior.from_data(batch_normed(), torch.zeros(5, 3), 2), "posterior: it holds a BatchNorm1d"),
+        (
+            lambda: VampPrior(posterior_of, torch.zeros(3, 2)).start_at(torch.zeros(9, 1)),
+            r"x: expected one or more rows, \(N, 2\), got \(9, 1\)",
+        ),
+        (lambda: VampPrior(posterior_of, torch.zeros(3, 2)).start_at(torch.zeros(0, 2)), r"got \(0, 2\)"),
+        (
+            lambda: VampPrior(posterior_of, torch.zeros(3, 2), unit=True).start_at(torch.full((9, 2), 2.0)),
+            r"must lie in \[0, 1\]; rescale",
         ),
         (lambda: flow_prior(2), "flows: expected at least one"),
         (lambda: UniformCodes(0, (2,)), "codes must be at least 1, got 0"),

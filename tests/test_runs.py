@@ -108,6 +108,18 @@ def test_weights_kept_are_those_of_the_best_epoch(tmp_path):
     assert kept > run.history[-1]["valid"]
 
 
+def test_schedules_of_a_run(tmp_path):
+    """Steps are counted from 0: each has the weight of the schedule at its number."""
+    run, _ = go(tmp_path / "cycles", beta=0.5, warm_up=3, cycle=5, epochs=5)  # a step each
+    assert run.step == 5
+    assert float(run.objective.beta) == 0.5  # the fifth rests, the sixth would start anew
+    run, _ = go(tmp_path / "again", beta=0.5, warm_up=3, cycle=5, epochs=6)
+    assert float(run.objective.beta) == 0.0
+    settings = {"penalise": "capacity", "penalty_target": 8.0, "penalty_rise": 10}
+    run, _ = go(tmp_path / "capacity", **settings, epochs=6)
+    assert float(run.objective.penalties[0].target) == 4.0
+
+
 def test_warm_up_ends_at_beta(tmp_path):
     run, _ = go(tmp_path / "run", beta=0.5, warm_up=2, epochs=4)
     assert float(run.objective.beta) == 0.5
