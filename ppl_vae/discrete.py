@@ -63,8 +63,8 @@ class Constant(nn.Module):
 class OneHotCategorical(Conditional):
     """One of C categories, as an indicator vector, logits from a net; or several of them.
 
-    The KL between two is a closed form. Exact gradients of one come of summing over its C values: train
-    ``Pair(vae.model, pyro.infer.config_enumerate(vae.guide))`` with ``pyro.infer.TraceEnum_ELBO``.
+    The KL between two is a closed form. Exact gradients of one come of summing over its C values, with the
+    estimator `ppl_vae.enumerated`.
 
     Args:
         net: module of the context giving logits, (..., C) or (..., variables, C).

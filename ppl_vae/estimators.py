@@ -234,5 +234,6 @@ def require_reparameterised(terms: LogTerms) -> None:
         raise ValueError(
             f"site {terms.score_only[0]!r}: its distribution has no reparameterised sampler, so a pathwise "
             "gradient would be wrong; use pyro.infer.Trace_ELBO() or TraceGraph_ELBO() as objective, "
-            "or a relaxed distribution in the guide, or an estimator by scores, such as vimco with two particles"
+            "or a relaxed distribution in the guide, or enumerated where it has few values, or an estimator by "
+            "scores, such as vimco with two particles"
         )

@@ -36,9 +36,9 @@ class SemiSupervisedVAE(nn.Module):
     What is bounded: for a labelled datum, log p(x, y) (eq. 6); for one without, log p(x) (eq. 7). How the sum
     over y in eq. 7 is taken is the objective's choice:
 
-    - ``labels="enumerated"``: y is a category, an indicator vector. ``pyro.infer.TraceEnum_ELBO()`` sums over it
-      exactly, which is eq. 7, eagerly. Estimators by scores, such as ``Score(paths=True)``, draw it: the mean is
-      the same. Pathwise ones refuse it.
+    - ``labels="enumerated"``: y is a category, an indicator vector. The estimator ``enumerated`` sums over it
+      exactly, which is eq. 7; ``pyro.infer.TraceEnum_ELBO()`` does so too, but cannot be captured. Estimators by
+      scores, such as ``Score(paths=True)``, draw it: the mean is the same. Pathwise ones refuse it.
     - ``labels="relaxed"``: y is a point in the simplex, in the guide and in the prior (Maddison et al. 2017,
       section 3.3), so that ``ELBO()`` and every other pathwise objective take it. Site "y" holds the logarithm
       of that point, in which nothing underflows. For data without labels this bounds log p(x) of the relaxed

@@ -84,6 +84,20 @@ def test_latents_that_follow_the_prior_have_no_vote():
     assert factor_score(codes, GRID, least=0.0) < 0.7
 
 
+def test_scales_of_latents_do_not_matter():
+    torch.manual_seed(0)
+    codes = TWO + 3 * torch.randn(len(TWO), 2)
+    assert factor_score(codes * torch.tensor([1.0, 100.0]), TWO) == pytest.approx(factor_score(codes, TWO))
+    assert 0.5 < factor_score(codes, TWO) < 1
+
+
+def test_what_was_learned_by_heart_does_not_count():
+    """One vote to learn from is always told right itself; another one as by chance."""
+    codes, factors = unrelated(3)
+    scores = [factor_score(codes, factors, votes=1, seed=s) for s in range(100)]
+    assert abs(sum(scores) / 100 - 1 / 3) < 5 * math.sqrt(2 / 9 / 100)
+
+
 def test_no_latent_varies():
     score, votes = factor_score(torch.zeros(len(GRID), 2), GRID, votes=2000), 2000
     assert abs(score - 1 / 3) < 5 * math.sqrt(2 / 9 / votes)
