@@ -21,7 +21,7 @@ from ppl_vae.conditionals import at_least_one
 from ppl_vae.estimates import ActiveUnits, Estimate
 from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
-from ppl_vae.predictive import guide_means, inspect_shapes, predict
+from ppl_vae.predictive import guide_draws, guide_means, inspect_shapes, predict
 from ppl_vae.rng import seeded
 from ppl_vae.streaming import Add, Streamed, add_means, add_weights, expected_rows, mean_stderr, weight_stderr
 from ppl_vae.traces import KL
@@ -209,13 +209,16 @@ def active_units(
     return ActiveUnits({name: m.var(0) for name, m in means.items()}, threshold)
 
 
-def encode(program: Program | Pair, *batch: Tensor, particles: int = 1, seed: int = 0) -> dict[str, Tensor]:
-    """Posterior means E_q[z | x] of a batch: latent site -> (B, *plates, *event).
+def encode(
+    program: Program | Pair, *batch: Tensor, particles: int = 1, draw: bool = False, seed: int = 0
+) -> dict[str, Tensor]:
+    """Posterior means E_q[z | x] of a batch, or draws: latent site -> (B, *plates, *event).
 
     Args:
         program: the pair.
         *batch: a batch as the model takes it.
         particles: draws of earlier latents that the mean of a later one is averaged over.
+        draw: give one draw z ~ q(z | x) of each datum instead of the mean.
         seed: fixes those draws.
 
     Raises:
@@ -223,7 +226,8 @@ def encode(program: Program | Pair, *batch: Tensor, particles: int = 1, seed: in
     """
     at_least_one(particles=particles)
     with _judging(program, seed) as pair:
-        return guide_means(pair, *_checked(pair, batch), particles=particles)
+        checked = _checked(pair, batch)
+        return guide_draws(pair, *checked) if draw else guide_means(pair, *checked, particles=particles)
 
 
 def reconstruct(program: Program | Pair, *batch: Tensor, site: str | None = None, seed: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from ppl_vae.pairs import Batch, Pair
 from ppl_vae.sites import Site, data_first, mean_of, statements
 from ppl_vae.traces import by_datum, run_guide, run_model, run_pair
 
-__all__ = ["guide_means", "inspect_shapes", "predict"]
+__all__ = ["guide_draws", "guide_means", "inspect_shapes", "predict"]
 
 
 @torch.no_grad()
@@ -31,6 +31,13 @@ def guide_means(pair: Pair, *batch: Tensor, particles: int = 1) -> dict[str, Ten
     means = {name: mean_of(site) for name, site in guide.items()}
     floats = {name: m if m.is_floating_point() else m.float() for name, m in means.items()}
     return {name: data_first(guide[name], m.mean(0)) for name, m in floats.items()}
+
+
+@torch.no_grad()
+def guide_draws(pair: Pair, *batch: Tensor) -> dict[str, Tensor]:
+    """One draw z ~ q(z | x) of every latent site: name -> (B, *event), with inner plates between the two."""
+    guide = run_pair(pair, batch, 1)[1]
+    return {name: data_first(site, site["value"][0]) for name, site in guide.items()}
 
 
 @torch.no_grad()

@@ -223,6 +223,23 @@ def test_a_point_among_whole_numbers_has_a_probability():
         torch.testing.assert_close(estimate.value, joint)
 
 
+def test_codes_as_draws():
+    """Draws follow the posterior, whose mean and covariance are exact, under a seed of their own."""
+    program = LinearGaussian.random(0).requires_grad_(False)
+    x = program.draw(1, seed=0).expand(4000, -1).contiguous()
+    z = encode(program, x, draw=True, seed=3)["z"]
+    law = program.guide_law(x[:1])
+    spread = law.stddev[0]
+    assert float(((z.mean(0) - law.mean[0]) / spread).abs().max()) < 5 / math.sqrt(4000)
+    assert float((z.std(0) / spread - 1).abs().max()) < 5 / math.sqrt(2 * 4000)
+    assert torch.equal(z, encode(program, x, draw=True, seed=3)["z"])
+    assert not torch.equal(z, encode(program, x, draw=True, seed=4)["z"])
+    levels = case("two levels")
+    drawn = encode(levels.pair, *levels.batch, draw=True)
+    means = encode(levels.pair, *levels.batch)
+    assert {n: c.shape for n, c in drawn.items()} == {n: c.shape for n, c in means.items()}
+
+
 def test_missing_pixels():
     """A mask on the likelihood leaves pixels out: the marginal of the others is in closed form."""
     program = LinearGaussian.random(1, 2, 5).requires_grad_(False)
