@@ -376,7 +376,10 @@ def test_interrupting_keeps_what_there_is(tmp_path):
     while time.monotonic() < until and not (metrics.exists() and metrics.stat().st_size > 200):
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
-    out, err = started.communicate(timeout=60)
+    try:
+        out, err = started.communicate(timeout=60)
+    finally:
+        started.kill()  # one that does not stop would train for hours
     assert started.returncode == 130, err
     assert err == ""
     assert re.search(r"^interrupted: \d+ epochs, ", out, re.M)
