@@ -124,8 +124,11 @@ MODELS: dict[str, Choice] = {
         lambda p: sigmoid_belief_network(p.width, *_widths(p)),
         "--levels of binary units over binary data",
         own=True,
+        plane=False,
     ),
-    "deep-markov": Choice(_deep_markov, "a Markov chain of latents, the rows of a picture its steps", own=True),
+    "deep-markov": Choice(
+        _deep_markov, "a Markov chain of latents, the rows of a picture its steps", own=True, plane=False
+    ),
 }
 
 
@@ -176,7 +179,14 @@ PENALTIES: dict[str, Choice] = {
 
 
 def _critic(plan: Plan) -> nn.Module:
-    return MLP(plan.latent, 256, 256, 1, activation=partial(nn.LeakyReLU, 0.2))
+    """A critic of the penalised latent, which in a program of levels is as wide as its level."""
+    site = plan.config.penalty_site or "z"
+    widths = {"z": plan.latent} | {f"z{level}": width for level, width in enumerate(_widths(plan), 1)}
+    if plan.config.model == "deep-markov":
+        widths = {f"z{step + 1}": plan.latent for step in range(plan.shape[0])}
+    if site not in widths:
+        raise ValueError(f"penalty_site: no critic for site {site!r}; there is {', '.join(widths)}")
+    return MLP(widths[site], 256, 256, 1, activation=partial(nn.LeakyReLU, 0.2))
 
 
 def _bound(make: Callable[[Config], Any], groups: bool = False) -> Callable[[Plan], Objective]:

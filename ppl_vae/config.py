@@ -60,6 +60,7 @@ NETS = ("mlp", "conv")
 NORMS = ("none", "batch", "layer")
 CONDITIONINGS = ("concat", "film")
 LABELS = ("relaxed", "enumerated")
+SITED = ("mmd", "total-correlation", "factor", "adversarial")  # penalties of one latent
 
 
 _data, _model, _objective = (partial(setting, group) for group in ("data", "model", "objective"))
@@ -207,11 +208,21 @@ class Config:
         """Plain values, for JSON."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
+    def chosen(self, name: str) -> bool:
+        """Whether a setting differs from its default."""
+        return bool(getattr(self, name) != type(self).__dataclass_fields__[name].default)
+
     @property
     def given(self) -> str:
         """What the program takes besides the data: "label", "known label", "sum", or nothing."""
         given: str = AXES["model"][self.model].given
         return given
+
+    @property
+    def plane(self) -> bool:
+        """Whether a plane of codes can be decoded into pictures."""
+        whole = bool(AXES["model"][self.model].plane) and AXES["posterior"][self.posterior].prior is None
+        return whole and not self.given and not self.counts
 
     @property
     def counts(self) -> bool:
@@ -251,10 +262,11 @@ def presented(config: Config, split: Split, shape: Sequence[int], *, training: b
     if config.given == "label":
         columns = split.columns
     if config.given == "known label" and split.y is not None:
-        known = len(x) if config.labelled is None else config.labelled
-        if training and known > len(x):
-            raise ValueError(f"labelled: {known} labels are asked for, and there are {len(x)} training data")
-        columns = (x, hide_labels(split.y, known if training else 0, config.seed))
+        known = int((split.y >= 0).sum())
+        kept = (known if config.labelled is None else config.labelled) if training else 0
+        if kept > known:
+            raise ValueError(f"labelled: {kept} labels are asked for, and {known} training data have one")
+        columns = (x, hide_labels(split.y, kept, config.seed))
     return Data(*columns, transform=BINARISE[config.binarise])
 
 
@@ -304,7 +316,7 @@ def _check_parts(c: Config) -> None:
         raise ValueError(f"prior: posterior {c.posterior!r} comes with its own; leave prior out")
     if c.prior == "conditional" and c.given not in ("label", "known label"):
         raise ValueError("prior 'conditional' is given the label, which only 'cvae' and 'semi-supervised' take")
-    if c.prior == "vamp" and (c.model != "vae" or c.posterior == "hamiltonian"):
+    if c.prior == "vamp" and (c.model != "vae" or c.posterior == "hamiltonian" or not posterior.density):
         raise ValueError("prior 'vamp' needs model 'vae' and a posterior with a density, other than hamiltonian")
     if c.norm == "batch" and (c.prior == "vamp" or c.posterior == "hamiltonian" or c.penalise == "gradient"):
         raise ValueError(
@@ -316,18 +328,35 @@ def _check_parts(c: Config) -> None:
         raise ValueError(
             "model 'belief' is linear, over bits: likelihood must be 'bernoulli', nets 'mlp', no path"
         )
+    if AXES["likelihood"][c.likelihood].data == "levels" and c.binarise != "none":
+        raise ValueError(
+            f"likelihood {c.likelihood!r} is of 256 levels; binarise must be 'none', got {c.binarise!r}"
+        )
     if c.given == "sum" and not (c.counts and c.binarise == "none"):
         raise ValueError(
             f"model {c.model!r} is one of counts; likelihood must be one of counts, and binarise 'none'"
         )
-    if c.labelled is not None and c.given != "known label":
-        raise ValueError(f"labelled: model {c.model!r} has no labels to hide; it is for 'semi-supervised'")
+    for name in ("labelled", "labels", "label_weight"):
+        if c.given != "known label" and c.chosen(name):
+            raise ValueError(f"{name}: model {c.model!r} has no labels to hide; it is for 'semi-supervised'")
+    if c.chosen("conditioning") and not c.given:
+        raise ValueError(f"conditioning: model {c.model!r} is given no condition")
+    if c.path and c.model not in ("hierarchical", "ladder"):
+        raise ValueError(f"path: model {c.model!r} has no levels to go along; 'hierarchical' and 'ladder' have")
 
 
 def _check_objective(c: Config) -> None:
     """Raise ValueError where settings of the objective do not go together."""
     if (c.beta != 1 or c.warm_up) and c.objective != "elbo":
         raise ValueError("beta and warm_up weigh the KL of the elbo; the other bounds have none to weigh")
+    if c.chosen("kl") and c.objective != "elbo":
+        raise ValueError(f"kl is the elbo's; objective {c.objective!r} takes weights of draws; leave kl out")
+    if c.chosen("points") and c.objective != "thermodynamic":
+        raise ValueError(f"points are those of objective 'thermodynamic'; got {c.objective!r}")
+    if c.chosen("alpha") and c.objective not in ("renyi", "ciwae"):
+        raise ValueError(f"alpha is that of objectives 'renyi' and 'ciwae'; got {c.objective!r}")
+    if not AXES["posterior"][c.posterior].density and c.objective != "elbo":
+        raise ValueError(f"posterior {c.posterior!r} has no weights for a bound; objective must be 'elbo'")
     if c.cycle and not 0 < c.warm_up <= c.cycle:
         raise ValueError(f"cycle is what warm_up is a part of: give warm_up from 1 to {c.cycle}, got {c.warm_up}")
     if c.estimator in ("doubly", "sticking") and c.objective == "elbo" and c.kl != "sampled":
@@ -340,6 +369,10 @@ def _check_objective(c: Config) -> None:
         raise ValueError(
             "penalise 'free-bits' offsets the KL: kl must not be 'sampled', penalty as beta, warm_up 0"
         )
+    if c.penalise == "gradient" and (AXES["model"][c.model].own or c.given == "known label"):
+        raise ValueError(f"penalise 'gradient' is for decoders of one latent; model {c.model!r} has another kind")
+    if c.penalty_site is not None and c.penalise not in SITED:
+        raise ValueError(f"penalty_site is for penalise {', '.join(SITED)}; penalise is {c.penalise!r}")
     if c.penalty_rise and c.penalise != "capacity":
         raise ValueError(f"penalty_rise raises the nats of penalise 'capacity'; penalise is {c.penalise!r}")
     if c.objective == "piwae" and c.posterior == "hamiltonian":

@@ -53,7 +53,7 @@ class Split:
 
     Attributes:
         x: Pixels, float32 (N, D) in [0, 1].
-        y: Labels, int64 (N,), indices into `Images.classes`; None when unlabelled.
+        y: Labels, int64 (N,), indices into `Images.classes`, -1 where one is missing; None when unlabelled.
     """
 
     x: Tensor
@@ -168,7 +168,8 @@ def from_npz(path: PathLike, seed: int = 0, *, counts: bool = False) -> Images:
     Args:
         path: The file. Pixels are (N, D), (N, H, W) or (N, H, W, C) with C = 1 or 3: uint8 (divided by 255),
             bool, or numbers in [0, 1]. Labels are (N,), whole numbers or text; `classes` lists the distinct
-            ones in order. Flat pixels are drawn as a square where D is one, else as one row.
+            ones in order, and a whole number -1 is a missing one. Flat pixels are drawn as a square where D is
+            one, else as one row.
         seed: Which images go where, when a split has to be drawn.
         counts: The numbers are counts 0, 1, 2, ..., (N, D), kept as they are; they are no pictures, of shape (D,).
 
@@ -292,7 +293,7 @@ def _unit(x: Array, where: str) -> NDArray[np.float32]:
 
 
 def _labels(path: Path, y: dict[str, Array], n: dict[str, int]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Labels of each split as indices into the sorted distinct ones, which are returned too."""
+    """Labels of each split as indices into the sorted distinct ones, returned too; -1 stays: no label."""
     if not y:
         return {}, ()
     for part, size in n.items():
@@ -301,6 +302,8 @@ def _labels(path: Path, y: dict[str, Array], n: dict[str, int]) -> tuple[dict[st
             wrong = f"got shape {labels.shape}, dtype {labels.dtype}"
             raise ValueError(f"{path}: labels of {part} must be ({size},), whole numbers or text; {wrong}")
     names, codes = np.unique(np.concatenate([y[part] for part in n]), return_inverse=True)
+    if names.dtype.kind == "i" and names[0] == -1:
+        names, codes = names[1:], codes - 1
     cuts = np.split(codes.astype(np.int64), np.cumsum(list(n.values()))[:-1])
     return dict(zip(n, map(torch.from_numpy, cuts), strict=True)), tuple(map(str, names))
 

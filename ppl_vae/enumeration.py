@@ -53,8 +53,6 @@ def enumerated(
             bound is not the ELBO. The message names the site.
 
     >>> import ppl_vae as pv
-    >>> from ppl_vae.graphs import capturing
-    from ppl_vae.layout import inspect
     >>> prior = pv.OneHotCategorical(pv.Constant(torch.zeros(3)))
     >>> posterior = pv.OneHotCategorical(pv.MLP(4, 8, 3))
     >>> vae = pv.VAE(prior, pv.Normal(pv.MLP(3, 8, 4), 1.0), posterior)

@@ -56,6 +56,7 @@ class Choice:
         data: for likelihoods, what they are of: any real numbers, those of [0, 1], bits, 256 levels, or counts.
         given: for programs, what they take besides the data: the label, as far as it is known, or the sum.
         own: for programs with a prior and a posterior of their own.
+        plane: for programs, whether any point of a plane of their codes is a code, and shows a whole datum.
     """
 
     make: Callable[[Plan], Any]
@@ -66,6 +67,7 @@ class Choice:
     data: Literal["real", "unit", "binary", "levels", "counts"] = "real"
     given: Literal["", "label", "known label", "sum"] = ""
     own: bool = False
+    plane: bool = True
 
 
 class _Log(nn.Module):
@@ -233,7 +235,7 @@ def _by_label(plan: Plan) -> Conditional:
 
 def _vamp(plan: Plan) -> Conditional:
     inputs = torch.rand(plan.config.components, plan.width)
-    return VampPrior(plan.posterior, inputs, unit=True)
+    return VampPrior(plan.posterior, inputs, unit=LIKELIHOODS[plan.config.likelihood].data != "counts")
 
 
 PRIORS: dict[str, Choice] = {

@@ -139,6 +139,11 @@ def train_run(
         program.likelihood.start_from(rows.flatten(0, -2))
         if start := getattr(getattr(program, "prior", None), "start_at", None):
             start(rows)
+    if config.norm == "batch" and 1 in (config.batch_size, len(images.train) % config.batch_size):
+        raise ValueError(
+            f"batch_size: norm 'batch' cannot take a batch of one; {len(images.train)} data in batches of "
+            f"{config.batch_size} leave one; choose another batch_size, or norm 'layer'"
+        )
     for split in (images.train, images.valid, images.test):
         prepare(as_pair(program), presented(config, split, images.shape, training=split is images.train))
     path = _open_folder(Path(folder))
@@ -277,8 +282,9 @@ def _inferred(run: RunFolder, images: Images) -> dict[str, Figure]:
     flat = z.shape[1] <= 2
     if not flat and len(z) < 2:
         return figures  # no plane through a single code
-    figures["latent.png"] = latent_scatter(z, split.y, images.classes)
-    if z.shape[1] > 1 and run.pictures and not run.config.given:
+    of = "" if len(codes) == 1 else f" {name}"
+    figures["latent.png"] = latent_scatter(z, split.y, images.classes, f"Latent codes{of}")
+    if z.shape[1] > 1 and run.config.plane:
         lift = _plane(z) if not flat else None
         rest = {other: code.mean(0) for other, code in codes.items() if other != name}
         figures["plane.png"] = latent_plane(
@@ -288,6 +294,7 @@ def _inferred(run: RunFolder, images: Images) -> dict[str, Figure]:
                 | {other: mean.expand(len(plane), *mean.shape) for other, mean in rest.items()},
             ).cpu(),
             run.shape,
+            title=f"Decoded latent plane{of} (means)",
             names=("$z_1$", "$z_2$") if flat else ("principal component 1", "principal component 2"),
         )
     return figures

@@ -152,12 +152,21 @@ def test_evaluate(here, capsys, name):
 @pytest.mark.parametrize(
     ("settings", "told", "figures"),
     [
-        ("--model semi-supervised --labelled 20", ["log p(x) of 40", "accuracy: 0."], {"labels", "latent"}),
-        ("--model deep-markov --latent 3", ["z8 "], {"samples", "plane", "reconstructions"}),
+        (
+            "--model semi-supervised --labelled 20",
+            ["log p(x), relaxed labels of 40", "accuracy: 0."],
+            {"labels", "latent"},
+        ),
+        ("--model deep-markov --latent 3", ["z8 "], {"samples", "reconstructions"}),
         ("--model ladder --levels 3 --path --latent 4", ["z3 "], {"samples", "plane"}),
-        ("--posterior point --latent 3", ["a guide of points, which has no bound", "squared error"], {"samples"}),
-        ("--likelihood logistic --data {levels}", ["bits/dim"], {"samples"}),
-        ("--binarise dequantise --data {levels}", ["bits/dim"], {"samples"}),
+        (
+            "--posterior point --latent 3",
+            ["a guide of points, which has no bound", "squared error"],
+            {"samples", "plane"},
+        ),
+        ("--likelihood logistic --data {levels}", ["bits/dim"], {"samples", "plane"}),
+        ("--binarise dequantise --data {levels}", ["bits/dim"], {"samples", "plane"}),
+        ("--posterior one-hot --estimator enumerated --latent 3", ["active units: z"], {"samples", "latent"}),
         ("--likelihood poisson --model sized --data {counts}", ["log p(x | sum) of"], {"curves", "latent"}),
     ],
     ids=lambda value: value.split(" --data")[0] if isinstance(value, str) else "",
@@ -174,7 +183,9 @@ def test_every_kind_of_program_from_training_to_pictures(tmp_path, monkeypatch, 
     assert all(words in out for words in told), out
     found = json.loads(Path("r/results.json").read_text(), parse_constant=pytest.fail)
     assert ("nats_per_datum" in found) == ("point" not in settings)
-    assert figures <= {path.stem for path in Path("r/figures").iterdir()}
+    drawn = {path.stem for path in Path("r/figures").iterdir()}
+    assert figures <= drawn
+    assert ("plane" in drawn) == ("plane" in figures)  # only where any point of it is a code of a whole picture
     code, out, err = run("sample r -n 20 --noise", capsys)
     assert (code, err) == (0, "")
     drawn = np.load("r/figures/drawn.npy")
@@ -395,6 +406,13 @@ def test_module_and_command_are_one(tmp_path):
     assert told[0] == told[1]
     error = f"ppl-vae: error: run: no run folder at {tmp_path} (No such file or directory: run.json)\n"
     assert told[0] == ("", error, 2)
+
+
+def test_more_memory_than_there_is(tmp_path, capsys):
+    line = f"train --quiet --no-film --hidden 10000000 10000000 --out {tmp_path / 'run'}"
+    code, _, err = run(line, capsys)
+    assert (code, err) == (1, "ppl-vae: failed: too little memory for settings as large\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reader_that_leaves(here):

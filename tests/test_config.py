@@ -114,7 +114,20 @@ def test_mistakes_in_a_file_are_named_with_the_file(tmp_path, text, message):
         ({"penalty_rise": 5, "penalise": "mmd"}, "raises the nats of penalise 'capacity'"),
         ({"points": (0.0, -0.1)}, "points must be at least 0"),
         ({"points": (0.0, "x")}, "points must be a list of one or more numbers"),
-        ({"labelled": 10}, "model 'vae' has no labels to hide"),
+        ({"labelled": 10}, "labelled: model 'vae' has no labels to hide"),
+        ({"model": "cvae", "labels": "enumerated"}, "labels: model 'cvae' has no labels to hide"),
+        ({"conditioning": "film"}, "model 'vae' is given no condition"),
+        ({"model": "belief", "likelihood": "bernoulli", "path": True}, "no path"),
+        ({"path": True}, "model 'vae' has no levels to go along"),
+        ({"objective": "iwae", "kl": "analytic"}, "kl is the elbo's"),
+        ({"points": (0.0, 0.5)}, "points are those of objective 'thermodynamic'"),
+        ({"alpha": 0.3}, "alpha is that of objectives"),
+        ({"posterior": "point", "objective": "iwae"}, "posterior 'point' has no weights for a bound"),
+        ({"posterior": "point", "prior": "vamp"}, "a posterior with a density"),
+        ({"likelihood": "logistic", "binarise": "redraw"}, "is of 256 levels; binarise must be 'none'"),
+        ({"model": "hierarchical", "penalise": "gradient"}, "is for decoders of one latent"),
+        ({"model": "semi-supervised", "penalise": "gradient"}, "is for decoders of one latent"),
+        ({"penalise": "decoder-l2", "penalty_site": "z"}, "penalty_site is for penalise mmd"),
         ({"model": "sized"}, "likelihood must be one of counts"),
         ({"model": "sized", "likelihood": "poisson", "binarise": "redraw"}, "and binarise 'none'"),
         ({"model": "belief", "likelihood": "bernoulli", "nets": "conv"}, "model 'belief' is linear"),
@@ -215,7 +228,7 @@ def test_labels_are_hidden_from_a_semisupervised_program():
     assert presented(made, images.test, images.shape).columns[1].unique().tolist() == [
         -1
     ]  # it is judged by x alone
-    with pytest.raises(ValueError, match="labelled: 20 labels are asked for, and there are 10"):
+    with pytest.raises(ValueError, match="labelled: 20 labels are asked for, and 10 training data have one"):
         presented(made, images.train[:10], images.shape, training=True)
 
 
@@ -292,11 +305,16 @@ def test_temperatures():
 def test_points_and_sites_reach_their_objectives():
     made = objective_of(Config(objective="thermodynamic", points=(0.0, 0.5), particles=3))
     assert made.bound.points == (0.0, 0.5)
-    for penalise in ("mmd", "total-correlation", "gradient", "factor", "adversarial"):
-        made = Config(model="hierarchical", penalise=penalise, penalty_site="z2", hidden=(4,))
+    for penalise in ("mmd", "total-correlation", "factor", "adversarial"):
+        made = Config(model="hierarchical", penalise=penalise, penalty_site="z2", hidden=(4,), latent=4)
         program = build(made, (2, 2))
-        (penalty,) = objective_of(made, program, (2, 2), 10).penalties
-        assert penalty.site == "z2"
+        goal = objective_of(made, program, (2, 2), 10)
+        assert goal.penalties[0].site == "z2"
+        pair = pv.as_pair(program)
+        for part in goal.parts():  # a critic's too, which must be as wide as the level
+            assert part.objective(pair, torch.rand(6, 4)).shape == (6,)
+    with pytest.raises(ValueError, match="penalty_site: no critic for site 'y'; there is z, z1, z2"):
+        objective_of(dataclasses.replace(made, penalty_site="y"), program, (2, 2), 10)
 
 
 def test_conditional_model_needs_labels():

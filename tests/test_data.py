@@ -15,7 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
+import ppl_vae as pv
 from ppl_vae import data
+from ppl_vae.plots import latent_scatter
 
 IDX = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 
@@ -359,3 +361,20 @@ def test_real_data(load, mean, real_data):
     training = torch.cat([images.train.x, images.valid.x])
     assert training.double().mean().item() == pytest.approx(mean, abs=5e-5)  # the usual normalising constants
     assert len(images.classes) == len(images.test.y.unique()) == 10
+
+
+def test_a_label_of_minus_one_is_missing(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).random((40, 4)), np.arange(40) % 4 - 1
+    np.savez(tmp_path / "some.npz", x=x, y=y)
+    images = data.from_npz(tmp_path / "some.npz")
+    assert images.classes == ("0", "1", "2")
+    known = {tuple(row): label for row, label in zip(x.astype(np.float32).tolist(), y.tolist(), strict=True)}
+    for split in parts(images):
+        assert split.y is not None
+        assert [known[tuple(row)] for row in split.x.tolist()] == split.y.tolist()
+    cvae = pv.build(pv.Config(model="cvae"), (2, 2), 3)
+    with pytest.raises(ValueError, match="unknown label -1"):
+        pv.elbo(cvae, images.train.columns)
+    legend = latent_scatter(images.train.x, images.train.y, images.classes).axes[0].get_legend()
+    assert legend is not None
+    assert "no label" in [text.get_text() for text in legend.get_texts()]

@@ -108,6 +108,13 @@ def test_weights_kept_are_those_of_the_best_epoch(tmp_path):
     assert kept > run.history[-1]["valid"]
 
 
+def test_a_batch_of_one_has_no_norm_over_the_batch(tmp_path):
+    for size, limit in ((1, 20), (19, 20)):
+        with pytest.raises(ValueError, match=f"20 data in batches of {size} leave one"):
+            go(tmp_path / "run", norm="batch", batch_size=size, limit=limit)
+    assert not (tmp_path / "run").exists()
+
+
 def test_schedules_of_a_run(tmp_path):
     """Steps are counted from 0: each has the weight of the schedule at its number."""
     run, _ = go(tmp_path / "cycles", beta=0.5, warm_up=3, cycle=5, epochs=5)  # a step each

@@ -131,7 +131,7 @@ def class_names(
     """Checked labels (N,) and the name of each one that occurs, in rising order.
 
     Args:
-        y: whole numbers, one per datum.
+        y: whole numbers, one per datum; -1 where a label is missing.
         size: N, how many there must be.
         classes: the name of label 0, 1, ...; empty: the number itself is the name.
         name: what the argument is called, for the error.
@@ -146,10 +146,10 @@ def class_names(
     if codes.shape != array.shape or not (codes == array).all():
         raise ValueError(f"{name} must be whole numbers (class labels); got {array[:5]}...")
     present = [int(code) for code in np.unique(codes)]
-    unknown = [code for code in present if classes and not 0 <= code < len(classes)]
+    unknown = [code for code in present if classes and not -1 <= code < len(classes)]
     if unknown:
         raise ValueError(f"{name} holds {unknown}, but classes names only 0 to {len(classes) - 1}")
-    return codes, {code: str(classes[code]) if classes else str(code) for code in present}
+    return codes, {c: str(c) if not classes else "no label" if c == -1 else str(classes[c]) for c in present}
 
 
 def class_colours(count: int) -> list[Any]:

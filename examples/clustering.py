@@ -1,0 +1,109 @@
+"""# Clustering: a mixture prior, one component for each kind
+
+$$c \\sim \\operatorname{Cat}(\\pi), \\qquad z \\mid c \\sim \\mathcal N(\\mu_c, \\operatorname{diag} \\sigma_c^2),
+\\qquad x_i \\mid z \\sim \\operatorname{Bernoulli}(\\operatorname{sigmoid} f_i(z)).$$
+
+The kind c is summed out, which is a `MixturePrior` on z; given z, it is the component's responsibility,
+
+$$p(c \\mid z) = \\pi_c\\, \\mathcal N(z; \\mu_c, \\operatorname{diag} \\sigma_c^2) \\,/\\, p(z).$$
+
+That is the model of VaDE (Jiang et al. 2017, *Variational Deep Embedding*), and trained much as theirs: a VAE
+first, then a mixture fitted by EM to draws of its codes, then all of it together by the ELBO. The two programs
+hold the same nets; only the prior is another. EM's components have full covariances, which find clusters that lie
+askew to the axes; the prior starts from their diagonals.
+
+No label is used. Afterwards components are matched to labels, one to one, such that most test images are right
+(the Hungarian method). The figure has draws from each component, in the order of the labels they were matched to:
+what looks like two digits in one row is the error. The net is 784-256-256-10.
+
+Measured (`--data-dir FOLDER`, MNIST, 10 + 10 epochs): .776 ± .004 of test images right after EM, with an ELBO of
+-109.5 under the standard prior; .780 ± .004 and -106.3 ± .3 nats with the mixture. VaDE reports .945, with wider
+nets and another first stage. Here 4 and 9 share a component, and slanted 1s have one to themselves.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+import ppl_vae as pv
+from ppl_vae import plots
+
+LATENT = 10
+
+
+def responsibilities(prior: pv.MixturePrior, z: Tensor) -> Tensor:
+    """p(c | z) for codes (N, d): (N, components)."""
+    mixture = prior()
+    joint = mixture.mixture_distribution.logits + mixture.component_distribution.log_prob(z.unsqueeze(-2))
+    return joint.softmax(-1).detach()
+
+
+def start(prior: pv.MixturePrior, codes: Tensor) -> None:
+    """Put the prior's components where EM finds clusters of codes."""
+    em = GaussianMixture(len(prior.loc), n_init=1, random_state=0).fit(codes.numpy())
+    variances = np.diagonal(em.covariances_, axis1=1, axis2=2)
+    with torch.no_grad():
+        for mine, found in ((prior.loc, em.means_), (prior.log_scale, np.log(variances) / 2)):
+            mine.copy_(torch.tensor(found))
+        prior.logits.copy_(torch.tensor(np.log(em.weights_)))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Clusters of digits by a mixture prior.")
+    p.add_argument("--data-dir", help="folder with MNIST/raw; digits without it")
+    p.add_argument("--epochs", type=int, default=10, help="of each of the two programs")
+    p.add_argument("--out", type=Path, default=Path("figures"))
+    p.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    a = p.parse_args()
+
+    images = pv.mnist(a.data_dir) if a.data_dir else pv.digits()
+    width, kinds, test = images.train.x.shape[1], len(images.classes), images.test
+    epochs = 1 if a.smoke else a.epochs if a.data_dir else 10 * a.epochs
+    train = pv.Data(images.train.x, transform=pv.redraw)
+    train = train[:500] if a.smoke else train
+
+    torch.manual_seed(0)
+    posterior = pv.mean_field(pv.MLP(width, 256, 256, 2 * LATENT))
+    likelihood = pv.Bernoulli(pv.MLP(LATENT, 256, 256, width))
+    likelihood.start_from(images.train.x)
+    prior = pv.MixturePrior(LATENT, kinds)
+    plain = pv.VAE(pv.StandardNormal(LATENT), likelihood, posterior)
+    clusters = pv.VAE(prior, likelihood, posterior)
+    optimizer = partial(torch.optim.Adam, lr=2e-3)
+
+    def judge(name: str, program: pv.VAE) -> tuple[np.ndarray, Tensor]:
+        """Print accuracy and bound; return the component of each label, and those of the test images."""
+        found = responsibilities(prior, pv.encode(program, test.x.round())["z"]).argmax(-1)
+        table = torch.zeros(kinds, kinds).index_put_((test.y, found), torch.ones(()), accumulate=True)
+        matched = linear_sum_assignment(-table.numpy())[1]
+        right = float(table[range(kinds), matched].sum()) / len(found)
+        spread = (right * (1 - right) / len(found)) ** 0.5
+        bound = pv.elbo(program, pv.Data(test.x, transform=pv.redraw))
+        print(f"{name}: accuracy {right:.4f} ± {spread:.4f}; {bound}", flush=True)
+        return matched, found
+
+    pv.fit(plain, train, objective=pv.ELBO(kl="analytic"), epochs=epochs, batch_size=100, optimizer=optimizer)
+    with torch.no_grad():
+        start(prior, posterior(train.columns[0].round()).sample())
+    judge("a VAE, and EM on its codes", plain)
+    pv.fit(clusters, train, objective=pv.ELBO(), epochs=epochs, batch_size=100, optimizer=optimizer)
+    matched, _ = judge("mixture prior", clusters)
+
+    with torch.no_grad():
+        z = prior().component_distribution.sample((12,))[:, matched].transpose(0, 1).reshape(-1, LATENT)
+    pictures = pv.decode(clusters, {"z": z})
+    labels = torch.arange(kinds).repeat_interleave(12)
+    title = "Draws from each component (means of pixels), by matched label"
+    a.out.mkdir(parents=True, exist_ok=True)
+    plots.save(plots.label_rows(pictures, labels, images.shape, images.classes, title), a.out / "clustering.png")
+    print(f"figure in {a.out}")
+
+
+if __name__ == "__main__":
+    main()
