@@ -19,7 +19,9 @@ rising in the first 500 steps. L_500 stands for log p(x), so the gap printed is 
 to its guide: rows are of different models.
 
 Measured: on the arch, gaps of .645 ± .044 nats mean-field, .494 ± .011 full covariance, .058 ± .006 planar, .136 ±
-.023 IAF, .629 ± .044 Hamiltonian, whose draws bend, but whose bound counts momenta too.
+.023 IAF, .629 ± .044 Hamiltonian, whose draws bend, but whose bound counts momenta too. On MNIST (`--data-dir
+FOLDER`), 500 test images, L_500 of -99.6, -112.7, -97.6, -97.5 and -98.4 (± 1.4, of the same images for all).
+The full covariance has the least gap and the worst model: 190 more numbers per image are slow to train.
 """
 
 import argparse
