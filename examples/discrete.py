@@ -61,7 +61,7 @@ def main() -> None:
         nets = pv.MLP(width, hidden, hidden, a.bits), pv.MLP(a.bits, hidden, hidden, width)
         vae = program(*nets, a.bits)
         vae.likelihood.start_from(images.train.x)
-        half, hooks = epochs * train.steps(100) // 2, []
+        half, hooks = max(1, epochs * train.steps(100) // 2), []
         if program is not binary:  # temperatures of posterior and prior fall together
             temperatures = (vae.posterior.temperature, 1.0, 0.5), (vae.prior.temperature, 0.75, 0.4)
             hooks = [pv.Anneal(t, pv.linear(start, end, steps=half)) for t, start, end in temperatures]
