@@ -20,7 +20,7 @@ in the mean. Pixels are redrawn whenever they are shown. The classifier is a sma
 have one hidden layer. The settings are the same for any number of labels; the test pictures classified are grey.
 
 The figure shows analogies: each row has the style of the picture on its left, each column another label. The
-paper's settings are `--labels 100 600 1000 3000`.
+paper's settings are `--labels 100 600 1000 3000`. Measured with 100, `--data-dir FOLDER`: .920 ± .003.
 """
 
 import argparse
