@@ -311,8 +311,7 @@ class Entrywise(Conditional):
 
     def __init__(self, net: nn.Module, event_dim: int = 1) -> None:
         super().__init__()
-        if event_dim < 1:
-            raise ValueError(f"event_dim must be at least 1, got {event_dim}")
+        at_least_one(event_dim=event_dim)
         self.net = net
         self.event_dim = event_dim
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 from torch.distributions.utils import clamp_probs
 
-from ppl_vae.conditionals import Conditional
+from ppl_vae.conditionals import Conditional, at_least_one
 
 __all__ = [
     "Bits",
@@ -77,7 +77,7 @@ class OneHotCategorical(Conditional):
 
     def __init__(self, net: nn.Module, event_dim: int = 1) -> None:
         super().__init__()
-        _check_event(event_dim)
+        at_least_one(event_dim=event_dim)
         self.net, self.event_dim = net, event_dim
 
     def forward(self, *context: Tensor) -> TorchDistribution:
@@ -92,7 +92,7 @@ class _Relaxed(Conditional):
 
     def __init__(self, net: nn.Module, temperature: float, event_dim: int = 1) -> None:
         super().__init__()
-        _check_event(event_dim)
+        at_least_one(event_dim=event_dim)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         self.net, self.event_dim = net, event_dim
@@ -208,8 +208,3 @@ class RelaxedOneHot(ExpRelaxedCategorical, TorchDistributionMixin):  # type: ign
 
 def _straight(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
-
-
-def _check_event(event_dim: int) -> None:
-    if event_dim < 1:
-        raise ValueError(f"event_dim must be at least 1, got {event_dim}")

@@ -41,7 +41,11 @@ def mutual_information(codes: Tensor, factors: Tensor, bins: int = 20) -> Tensor
     tensor([[1.3863, 0.0000],
             [0.0000, 1.0986]], dtype=torch.float64)
     """
-    values = _checked(codes, factors)
+    return _informations(codes, _checked(codes, factors), bins)
+
+
+def _informations(codes: Tensor, values: list[Tensor], bins: int) -> Tensor:
+    """I(z_j; v_k), (d, m), of factors that are checked."""
     if bins < 2:
         raise ValueError(f"bins must be at least 2, got {bins}")
     z = codes.detach().cpu().double()
@@ -72,11 +76,12 @@ def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20) -> Te
     >>> mutual_information_gap(v.float(), v).tolist()
     [1.0, 1.0]
     """
-    information = mutual_information(codes, factors, bins)
+    values = _checked(codes, factors)
+    information = _informations(codes, values, bins)
     if len(information) < 2:
         raise ValueError("codes: a gap needs two or more latents, got 1")
     first, second = information.topk(2, 0).values
-    entropy = torch.stack([_information(v, v) for v in _checked(codes, factors)])
+    entropy = torch.stack([_information(v, v) for v in values])
     gap: Tensor = (first - second) / entropy
     return gap
 

@@ -18,7 +18,16 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
-from ppl_vae.conditionals import Conditional, Entrywise, LocationScale, Scale, as_scale, bounded, unbounded
+from ppl_vae.conditionals import (
+    Conditional,
+    Entrywise,
+    LocationScale,
+    Scale,
+    as_scale,
+    at_least_one,
+    bounded,
+    unbounded,
+)
 from ppl_vae.nets import output_bias, pooled
 from ppl_vae.transforms import LEVELS
 
@@ -48,8 +57,7 @@ def bits_per_dimension(log_prob: T, dims: int, *, dequantised: bool = False) -> 
     >>> bits_per_dimension(-784 * math.log(256), 784)
     8.0
     """
-    if dims < 1:
-        raise ValueError(f"dims must be at least 1, got {dims}")
+    at_least_one(dims=dims)
     return -log_prob / (dims * math.log(2)) + (8.0 if dequantised else 0.0)
 
 
@@ -133,10 +141,7 @@ class LogisticMixture(Conditional):
 
     def __init__(self, net: nn.Module, components: int, *, coupled: bool = False, event_dim: int = 1) -> None:
         super().__init__()
-        if components < 1:
-            raise ValueError(f"components must be at least 1, got {components}")
-        if event_dim < 1:
-            raise ValueError(f"event_dim must be at least 1, got {event_dim}")
+        at_least_one(components=components, event_dim=event_dim)
         self.net, self.components, self.coupled, self.event_dim = net, components, coupled, event_dim
         self.channels, self.numbers = (3, 10) if coupled else (1, 3)
 

@@ -189,9 +189,10 @@ def _hooks(record: RunFolder, images: Images, objective: nn.Module) -> list[Hook
     if config.patience is not None:
         hooks.append(EarlyStop(config.patience))
     if config.warm_up:
-        share = config.warm_up / max(config.cycle, 1)
-        rise = cyclical(0.0, config.beta, config.cycle, share) if config.cycle else None
-        hooks.append(Anneal(objective.get_buffer("beta"), rise or linear(0.0, config.beta, config.warm_up)))
+        rise = linear(0.0, config.beta, config.warm_up)
+        if config.cycle:
+            rise = cyclical(0.0, config.beta, config.cycle, config.warm_up / config.cycle)
+        hooks.append(Anneal(objective.get_buffer("beta"), rise))
     if config.penalty_rise:
         target = objective.get_buffer("penalties.0.target")
         hooks.append(Anneal(target, linear(0.0, config.penalty_target, config.penalty_rise)))
