@@ -31,7 +31,6 @@ from torch import Tensor
 
 import ppl_vae as pv
 from ppl_vae import plots
-from ppl_vae.penalties import squared_mmd
 
 
 def first_stage(x: Tensor, latent: int, epochs: int) -> pv.VAE:
@@ -55,7 +54,7 @@ def second_stage(z: Tensor, epochs: int) -> pv.VAE:
 def compare(name: str, drawn: Tensor, test: Tensor, block: int) -> None:
     """Print what tells two samples of equal size apart."""
     parts = zip(drawn.split(block), test.split(block), strict=True)
-    mmd = torch.stack([squared_mmd(a, b, "imq", (0.05, 0.1, 0.2, 0.5)) for a, b in parts])
+    mmd = torch.stack([pv.squared_mmd(a, b, "imq", (0.05, 0.1, 0.2, 0.5)) for a, b in parts])
     both, n = torch.cat([drawn, test]), len(drawn)
     nearest = torch.from_numpy(NearestNeighbors(n_neighbors=2).fit(both).kneighbors(both)[1][:, 1])
     right = ((nearest < n) == (torch.arange(2 * n) < n)).double()

@@ -37,21 +37,11 @@ from ppl_vae import plots
 LATENT = 10
 
 
-def responsibilities(prior: pv.MixturePrior, z: Tensor) -> Tensor:
-    """p(c | z) for codes (N, d): (N, components)."""
-    mixture = prior()
-    joint = mixture.mixture_distribution.logits + mixture.component_distribution.log_prob(z.unsqueeze(-2))
-    return joint.softmax(-1).detach()
-
-
 def start(prior: pv.MixturePrior, codes: Tensor) -> None:
     """Put the prior's components where EM finds clusters of codes."""
     em = GaussianMixture(len(prior.loc), n_init=1, random_state=0).fit(codes.numpy())
     variances = np.diagonal(em.covariances_, axis1=1, axis2=2)
-    with torch.no_grad():
-        for mine, found in ((prior.loc, em.means_), (prior.log_scale, np.log(variances) / 2)):
-            mine.copy_(torch.tensor(found))
-        prior.logits.copy_(torch.tensor(np.log(em.weights_)))
+    prior.start_at(*(torch.tensor(found) for found in (em.means_, variances**0.5, em.weights_)))
 
 
 def main() -> None:
@@ -79,7 +69,7 @@ def main() -> None:
 
     def judge(name: str, program: pv.VAE) -> tuple[np.ndarray, Tensor]:
         """Print accuracy and bound; return the component of each label, and those of the test images."""
-        found = responsibilities(prior, pv.encode(program, test.x.round())["z"]).argmax(-1)
+        found = prior.responsibilities(pv.encode(program, test.x.round())["z"]).argmax(-1)
         table = torch.zeros(kinds, kinds).index_put_((test.y, found), torch.ones(()), accumulate=True)
         matched = linear_sum_assignment(-table.numpy())[1]
         right = float(table[range(kinds), matched].sum()) / len(found)
@@ -89,8 +79,7 @@ def main() -> None:
         return matched, found
 
     pv.fit(plain, train, objective=pv.ELBO(kl="analytic"), epochs=epochs, batch_size=100, optimizer=optimizer)
-    with torch.no_grad():
-        start(prior, posterior(train.columns[0].round()).sample())
+    start(prior, pv.encode(plain, train.columns[0].round(), draw=True)["z"])
     judge("a VAE, and EM on its codes", plain)
     pv.fit(clusters, train, objective=pv.ELBO(), epochs=epochs, batch_size=100, optimizer=optimizer)
     matched, _ = judge("mixture prior", clusters)

@@ -74,16 +74,17 @@ class Levels(nn.Sequential):
         return super().forward(torch.cat([torch.log1p(1000 * x / size), size.log() - 6], -1))
 
 
-def declare() -> dict[str, pv.CVAE]:
-    """The model, and the best one without latents, whose guide is its prior: its bound is exact."""
+def declare() -> dict[str, nn.Module]:
+    """The model, and the best one without latents."""
 
-    def declared(net: nn.Module, posterior: pv.Conditional) -> pv.CVAE:
-        likelihood = pv.NegativeBinomial(net, pv.LearnedScale(1.0, shape=(GENES,)), sized=True)
-        return pv.CVAE(pv.StandardNormal(LATENT), likelihood, posterior)
+    def likelihood(net: nn.Module) -> pv.Conditional:
+        return pv.NegativeBinomial(net, pv.LearnedScale(1.0, shape=(GENES,)), sized=True)
 
-    constant = pv.Constant(torch.zeros(GENES), learned=True)
-    model = declared(pv.MLP(LATENT, 64, 128, GENES), pv.mean_field(Levels(pv.MLP(GENES + 1, 128, 64, 2 * LATENT))))
-    return {"no latents": declared(constant, pv.StandardNormal(LATENT)), "model": model}
+    posterior = pv.mean_field(Levels(pv.MLP(GENES + 1, 128, 64, 2 * LATENT)))
+    return {
+        "no latents": pv.Density(likelihood(pv.Constant(torch.zeros(GENES), learned=True))),
+        "model": pv.CVAE(pv.StandardNormal(LATENT), likelihood(pv.MLP(LATENT, 64, 128, GENES)), posterior),
+    }
 
 
 def main() -> None:

@@ -35,7 +35,6 @@ from torch import Tensor
 
 import ppl_vae as pv
 from ppl_vae import plots
-from ppl_vae.penalties import squared_mmd
 
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -43,7 +42,7 @@ SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 def discrepancy(codes: Tensor, block: int) -> str:
     """MMD² of codes against draws from N(0, I), a mean over blocks in random order, and its standard error."""
     blocks = codes[torch.randperm(len(codes))].split(block)
-    values = torch.stack([squared_mmd(z, torch.randn_like(z), "imq", SCALES) for z in blocks])
+    values = torch.stack([pv.squared_mmd(z, torch.randn_like(z), "imq", SCALES) for z in blocks])
     return f"MMD² {values.mean():.4f} ± {values.std() / len(values) ** 0.5:.4f}"
 
 

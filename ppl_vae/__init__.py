@@ -56,11 +56,20 @@ from ppl_vae.hamiltonian import Hamiltonian, Joint
 from ppl_vae.hierarchies import HierarchicalVAE, LadderVAE
 from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, Progress, cyclical, linear
 from ppl_vae.likelihoods import Bernoulli, Beta, ContinuousBernoulli, StudentT
-from ppl_vae.models import CVAE, VAE
+from ppl_vae.models import CVAE, VAE, Density
 from ppl_vae.nets import MLP, Batched, Concat, Modulated, OneHot, Residual
 from ppl_vae.objectives import ELBO, IWAE, BoundObjective, Objective, Part, PyroObjective
 from ppl_vae.pairs import Pair, Program, as_pair
-from ppl_vae.penalties import MMD, Capacity, DecoderL2, FreeBits, GradientPenalty, Penalty, TotalCorrelation
+from ppl_vae.penalties import (
+    MMD,
+    Capacity,
+    DecoderL2,
+    FreeBits,
+    GradientPenalty,
+    Penalty,
+    TotalCorrelation,
+    squared_mmd,
+)
 from ppl_vae.pixels import Categorical, DiscretisedLogistic, LogisticMixture, bits_per_dimension
 from ppl_vae.posteriors import FullCovariance, LowRank, MixtureOfNormals, Point, mean_field
 from ppl_vae.priors import (
@@ -105,6 +114,7 @@ __all__ = [
     "coupling",
     "CVAE",
     "DeepMarkovModel",
+    "Density",
     "DiscretisedLogistic",
     "FixedScale",
     "Flow",
@@ -231,6 +241,7 @@ __all__ = [
     "mutual_information_gap",
     "reconstruct",
     "sample",
+    "squared_mmd",
     "to_arviz",
     # keep
     "build",

@@ -40,7 +40,7 @@ class _Counts(Entrywise):
 
     def law(self, *context: Tensor) -> TorchDistribution:
         """Return the distribution of single counts."""
-        if self.sized and (len(context) < 2 or context[-1].shape[-1:] != (1,)):
+        if self.sized and (not context or context[-1].shape[-1:] != (1,)):
             raise ValueError(
                 f"{type(self).__name__}: sized=True takes the size of each datum, (..., 1), as the last tensor of "
                 f"its context; got shapes {[tuple(c.shape) for c in context]}"

@@ -54,7 +54,8 @@ def log_likelihood(
     """Importance-weighted lower bound on log p(x) (Burda et al. 2016, eq. 8), log 1/K Σ p(x, z_k) / q(z_k | x).
 
     Exactly K particles are drawn for each datum, ``chunk`` at a time; sums of weights are streamed, so memory
-    grows with ``chunk * batch_size`` and not with K.
+    grows with ``chunk * batch_size`` and not with K. Where nothing is latent, nothing is drawn, and the value is
+    log p(x) itself.
 
     Args:
         program: the pair.
@@ -75,11 +76,10 @@ def log_likelihood(
     """
     at_least_one(particles=particles, chunk=chunk)
     sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
-    (first, second), how = _summed(
-        program, data, add_weights, (-math.inf, -math.inf), seed=seed, compile=compile, **sizes
-    )
+    start = (-math.inf, -math.inf)
+    (first, second), drawn, how = _summed(program, data, add_weights, start, seed=seed, compile=compile, **sizes)
     ess = (2 * first - second).exp()
-    value, stderr = first - math.log(particles), weight_stderr(ess, particles)
+    value, stderr = first - math.log(drawn or 1), weight_stderr(ess, drawn)
     return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}", how)
 
 
@@ -93,17 +93,22 @@ def _summed(
     seed: int,
     compile: Compile,
     **sizes: Any,
-) -> tuple[list[Tensor], str]:
-    """Sums over particles of all data, each float64 (N,) on the CPU, and how they were computed."""
+) -> tuple[list[Tensor], int, str]:
+    """Sums over particles of all data, each float64 (N,) on the CPU, how many were drawn, and how.
+
+    Where nothing is latent there is nothing to draw: 0, and the sums are one exact term.
+    """
     engine = Engine(compile)
     with _judging(program, seed) as pair:
         source = prepare(pair, data, batch_size)
         _check_density(pair)
+        drawn = sizes["particles"] if pair.layout is None or pair.layout.latents else 0
+        sizes["particles"] = drawn or 1
         sizes["rows"] = expected_rows(source, batch_size)
         sizes["batch_size"] = batch_size if isinstance(source, Data) else None
         sums = Streamed(engine, pair, add, start, **sizes)
         parts = [sums(row, batch) for row, batch in _presented(pair, source, batch_size, seed)]
-    return [torch.cat(column).cpu() for column in zip(*parts, strict=True)], engine.describe()
+    return [torch.cat(column).cpu() for column in zip(*parts, strict=True)], drawn, engine.describe()
 
 
 def _check_density(pair: Pair) -> None:
@@ -170,9 +175,9 @@ def elbo(
     at_least_one(particles=particles, chunk=chunk)
     sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
     start = (0.0, 0.0, 0.0, math.nan, 0.0, 0.0)
-    columns, how = _summed(program, data, add_means, start, seed=seed, compile=compile, kl=kl, **sizes)
-    value, rate, distortion = (total / particles for total in columns[:3])
-    stderr = mean_stderr(columns, particles)
+    columns, drawn, how = _summed(program, data, add_means, start, seed=seed, compile=compile, kl=kl, **sizes)
+    value, rate, distortion = (total / (drawn or 1) for total in columns[:3])
+    stderr = mean_stderr(columns, drawn)
     diagnostics = {"rate": rate, "distortion": distortion}
     return Estimate(value, stderr, "lower", diagnostics, "ELBO", how)
 
@@ -204,6 +209,8 @@ def active_units(
         batches = presented(pair, data, batch_size, seed)
         parts = [guide_means(pair, *b, particles=particles) for _, b in batches]
     means = {name: torch.cat([p[name] for p in parts]).double().cpu() for name in parts[0]}
+    if not means:
+        raise ValueError("program: nothing is latent, so there are no units; judge it by `log_likelihood`")
     if len(next(iter(means.values()))) < 2:
         raise ValueError("data: active units need at least two data, got 1")
     return ActiveUnits({name: m.var(0) for name, m in means.items()}, threshold)
@@ -287,16 +294,18 @@ def decode(
     *context: Tensor,
     like: Batch | None = None,
     site: str | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """The likelihood's mean at given latents: interpolations, traversals, the plane of a 2-D latent.
 
     Args:
         program: the pair.
-        latents: latent site -> (B, *plates, *event) as `encode` gives them, all sites that the observed one
-            depends on.
+        latents: latent site -> (B, *plates, *event) as `encode` gives them; the model draws those left out, such
+            as the lower levels of a hierarchy under the upper ones.
         *context: conditions c, (B, ...).
         like: for a program without ``blank``: a batch of B rows of the right shapes.
         site: which observed site; may be left out where there is one.
+        seed: fixes the draws of latents left out.
 
     Returns:
         Means (B, *plates, *event).
@@ -305,7 +314,7 @@ def decode(
         ValueError: no latents, unknown ones, of other shapes or lengths, or NaN; no way to know the shapes;
             conditions that do not suit the pair.
     """
-    with _judging(program, 0) as pair:
+    with _judging(program, seed) as pair:
         given = {name: _tensors(pair, (z,))[0] for name, z in latents.items()}
         sizes = {len(z) for z in given.values()}
         if len(sizes) != 1:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppl_vae.conditionals import Conditional
 from ppl_vae.nets import OneHot
 
-__all__ = ["CVAE", "VAE"]
+__all__ = ["CVAE", "VAE", "Density"]
 
 
 class _OneLevel(nn.Module):
@@ -90,12 +90,64 @@ class CVAE(_OneLevel):
 
     def blank(self, size: int, c: Tensor) -> tuple[Tensor, ...]:
         """A batch of the right shape, for sampling given the conditions ``c`` (size, ...)."""
-        if len(c) != size:
-            raise ValueError(f"c: expected {size} conditions, one per sample, got {len(c)}")
+        _check_conditions(size, c)
         return self._blank(size, c), c
 
     def check(self, x: Tensor, c: Tensor) -> None:
         """Raise ValueError where ``c`` holds a label that the program does not know."""
-        for module in self.modules():
-            if isinstance(module, OneHot):
+        _check_labels(self, c)
+
+
+class Density(nn.Module):
+    """p(x | c) by itself: no latents, and an empty guide, so that every bound is log p(x | c) itself.
+
+    What a latent model is to be held against, or a density that later serves as part of one.
+
+    Args:
+        likelihood: p(x | c), given the columns of the data after x; of none of them where there are none, as with
+            ``Bernoulli(Constant(torch.zeros(784), learned=True))``.
+
+    Shapes: x is (B, *event), c as for `CVAE`, or absent.
+
+    >>> from ppl_vae.likelihoods import Bernoulli
+    >>> from ppl_vae.nets import MLP
+    >>> Density(Bernoulli(MLP(10, 8, 4))).blank(3, torch.zeros(3, 10))[0].shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(self, likelihood: Conditional) -> None:
+        super().__init__()
+        self.likelihood = likelihood
+
+    def model(self, x: Tensor, *context: Tensor) -> None:
+        """Declare x ~ p(x | c) for a batch ``x`` (B, *event) with conditions."""
+        pyro.module("likelihood", self.likelihood)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", self.likelihood(*context), obs=x)
+
+    def guide(self, x: Tensor, *context: Tensor) -> None:
+        """Nothing is latent."""
+
+    @torch.no_grad()
+    def blank(self, size: int, *context: Tensor) -> tuple[Tensor, ...]:
+        """A batch of the right shape, for sampling given the conditions (size, ...)."""
+        _check_conditions(size, *context)
+        law = self.likelihood(*context)
+        return (law.sample().new_zeros(size, *law.event_shape), *context)
+
+    def check(self, x: Tensor, *context: Tensor) -> None:
+        """Raise ValueError where a condition holds a label that the program does not know."""
+        _check_labels(self, *context)
+
+
+def _check_conditions(size: int, *context: Tensor) -> None:
+    for c in context:
+        if len(c) != size:
+            raise ValueError(f"c: expected {size} conditions, one per sample, got {len(c)}")
+
+
+def _check_labels(program: nn.Module, *context: Tensor) -> None:
+    for module in program.modules():
+        if isinstance(module, OneHot):
+            for c in context:
                 module.check(c)

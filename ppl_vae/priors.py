@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from ppl_vae.conditionals import Conditional, NetScale, Normal, at_least_one, bounded
+from ppl_vae.conditionals import Conditional, NetScale, Normal, at_least_one, bounded, unbounded
 from ppl_vae.flows import Flow, Flowed
 from ppl_vae.nets import refuse_mixing
 
@@ -74,7 +74,26 @@ class LearnedNormal(Conditional):
         return dist.Normal(self.loc, bounded(self.log_scale).exp()).to_event(1)
 
 
-class MixturePrior(Conditional):
+class _Mixture(Conditional):
+    """A mixture of M components, whatever the context."""
+
+    @torch.no_grad()
+    def responsibilities(self, z: Tensor) -> Tensor:
+        """p(m | z) = π_m p_m(z) / p(z): which component a code belongs to.
+
+        Args:
+            z: codes (..., latent).
+
+        Returns:
+            Probabilities (..., M); they sum to one.
+        """
+        mixture = self()
+        each = mixture.component_distribution.log_prob(z.unsqueeze(-1 - len(mixture.event_shape)))
+        belongs: Tensor = (mixture.mixture_distribution.logits + each).softmax(-1)
+        return belongs
+
+
+class MixturePrior(_Mixture):
     """Σ_m π_m N(μ_m, diag σ_m²) with learned weights, means and scales, whatever the context.
 
     Before training the weights are equal, the means drawn from N(0, spread²) and the scales such that the mixture
@@ -101,13 +120,41 @@ class MixturePrior(Conditional):
         self.loc = nn.Parameter(spread * torch.randn(components, latent))
         self.log_scale = nn.Parameter(torch.full((components, latent), math.log(1 - spread**2) / 2))
 
+    @torch.no_grad()
+    def start_at(self, loc: Tensor, scale: Tensor, weights: Tensor | None = None) -> None:
+        """Put the components where something else found them, EM on codes say.
+
+        Args:
+            loc: means (M, latent).
+            scale: standard deviations (M, latent), positive.
+            weights: π (M,), positive; they are made to sum to one. Left out, all are equal.
+
+        Raises:
+            ValueError: other shapes, or numbers that are not finite or not positive; nothing is changed then.
+        """
+        weights = torch.ones_like(self.logits) if weights is None else weights
+        for name, value, own in (
+            ("loc", loc, self.loc),
+            ("scale", scale, self.loc),
+            ("weights", weights, self.logits),
+        ):
+            if value.shape != own.shape or not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"{name}: expected finite numbers of shape {tuple(own.shape)}, got {tuple(value.shape)}"
+                )
+            if name != "loc" and not bool((value > 0).all()):
+                raise ValueError(f"{name} must be positive, got {float(value.min())}")
+        self.loc.copy_(loc)
+        self.log_scale.copy_(unbounded(scale.log()))
+        self.logits.copy_((weights / weights.sum()).log())
+
     def forward(self, *context: Tensor) -> TorchDistribution:
         """Return the mixture without batch shape."""
         components = dist.Normal(self.loc, bounded(self.log_scale).exp()).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
 
 
-class VampPrior(Conditional):
+class VampPrior(_Mixture):
     """The mixture of posteriors at learned pseudo-inputs, Σ_m π_m q(z | u_m) (Tomczak & Welling 2018, eq. 9).
 
     Its parameters are u and π; those of the posterior are the program's, which registers it. The prior refers to

@@ -108,9 +108,12 @@ def add_weights(sums: Sequence[Tensor], terms: LogTerms, weight: Tensor) -> Sequ
 
 
 def weight_stderr(ess: Tensor, particles: int) -> Tensor:
-    """Standard error of log mean(w): var(w) / mean(w)² = K / ESS - 1, with the sample variance's K - 1."""
-    if particles == 1:
-        return torch.full_like(ess, torch.nan)
+    """Standard error of log mean(w): var(w) / mean(w)² = K / ESS - 1, with the sample variance's K - 1.
+
+    Unknown (NaN) for one particle, and zero for none: where nothing was drawn the value is exact.
+    """
+    if particles < 2:
+        return torch.full_like(ess, torch.nan if particles else 0.0)
     return ((particles / ess - 1).clamp_min(0) / (particles - 1)).sqrt()
 
 
@@ -133,6 +136,6 @@ def add_means(sums: Sequence[Tensor], terms: LogTerms, weight: Tensor) -> Sequen
 def mean_stderr(sums: Sequence[Tensor], particles: int) -> Tensor:
     """Standard error of the mean of log w, from what `add_means` has summed."""
     *_, first, second = sums
-    if particles == 1:
-        return torch.full_like(first, torch.nan)
+    if particles < 2:  # as in `weight_stderr`
+        return torch.full_like(first, torch.nan if particles else 0.0)
     return ((second - first.square() / particles).clamp_min(0) / (particles - 1) / particles).sqrt()

@@ -146,6 +146,20 @@ def test_the_shipped_programs():
         assert pv.active_units(program, data).variance["z"].shape == (2,)
 
 
+def test_decode_draws_the_latents_left_out():
+    """Each under the seed given: the levels below those kept."""
+    with seeded(0):
+        program = pv.HierarchicalVAE(
+            [pv.conditional_normal(pv.MLP(2, 8, 2 * 3)), pv.StandardNormal(2)],
+            pv.Bernoulli(pv.MLP(3, 8, WIDTH)),
+            [pv.mean_field(pv.MLP(WIDTH, 8, 2 * 3)), pv.mean_field(pv.MLP(3, 8, 2 * 2))],
+        )
+        z2 = torch.randn(5, 2)
+    first, again, other = (decode(program, {"z2": z2}, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.isclose(first, other).any()
+
+
 # ---------------------------------------------------------------- posteriors of every kind
 @pytest.mark.parametrize("category", [False, True])
 def test_a_discrete_latent(category):

@@ -188,6 +188,51 @@ def test_a_cvae_without_conditions_says_what_it_takes():
             fit(cvae(), data)
 
 
+def density(conditional):
+    """p(x | label), or p(x) by numbers of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = (
+            pv.Concat(pv.MLP(CLASSES, 8, WIDTH), pv.OneHot(CLASSES))
+            if conditional
+            else pv.Constant(torch.zeros(WIDTH), learned=True)
+        )
+        return pv.Density(pv.Normal(net, pv.LearnedScale()))
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_without_latents_every_bound_is_log_p(conditional):
+    x = pixels(30)
+    context = (conditions(x),) if conditional else ()
+    program, data = density(conditional), (x, *context)
+    fit(program, data, epochs=3, compile="require")
+    exact = program.likelihood(*context).log_prob(x).double().detach()
+    for bound in (pv.log_likelihood(program, data, 50, batch_size=7), pv.elbo(program, data, 50)):
+        torch.testing.assert_close(bound.value, exact, rtol=1e-6, atol=1e-5)
+        assert bound.monte_carlo_stderr == 0
+    assert pv.elbo(program, data).diagnostics["rate"].abs().max() == 0
+    assert pv.sample(program, 30, *context).shape == x.shape
+    assert pv.encode(program, *data) == {}
+    with pytest.raises(ValueError, match="nothing is latent, so there are no units"):
+        pv.active_units(program, data)
+
+
+def test_a_density_learns_what_the_data_say():
+    """Its maximum likelihood is in closed form: the mean, and the residual spread."""
+    x, program = pixels(), density(conditional=False)
+    fit(program, x, epochs=600, batch_size=len(x), optimizer=partial(torch.optim.Adam, lr=0.05))
+    best = Normal(x.mean(0), (x - x.mean(0)).square().mean().sqrt()).log_prob(x).sum(-1)
+    assert pv.log_likelihood(program, x).mean == pytest.approx(float(best.mean()), abs=1e-3)
+
+
+def test_a_density_refuses_conditions_that_it_does_not_know():
+    program, x = density(conditional=True), pixels()
+    with pytest.raises(ValueError, match="expected 3 conditions, one per sample, got 2"):
+        program.blank(3, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="unknown label . in row 0"):
+        fit(program, (x, conditions(x) + CLASSES))
+
+
 @pytest.mark.parametrize("kind", LIKELIHOODS)
 def test_pictures_may_keep_their_rank(kind):
     # A likelihood over (1, 3, 4) pictures, the latents flattened by the net itself.

@@ -69,8 +69,8 @@ def test_full_covariance_is_the_normal_that_its_numbers_say(lead, d):
     tril, at = torch.zeros(*lead, d, d, dtype=torch.float64), 0
     for i in range(d):  # row by row
         tril[..., i, i] = (7 * (log_diagonal[..., i] / 7).tanh()).exp()
-        for j in range(i):
-            tril[..., i, j] = below[..., at]
+        for j in range(i):  # in shares of the row's own scale
+            tril[..., i, j] = below[..., at] * tril[..., i, i] / d
             at += 1
     assert (law.batch_shape, law.event_shape, law.has_rsample) == (lead, (d,), True)
     z = torch.randn(*lead, d, dtype=torch.float64)
@@ -94,8 +94,8 @@ def test_full_covariance_wants_a_width_of_some_latents(width):
 def test_low_rank_is_the_normal_that_its_numbers_say(lead, d, rank):
     raw = torch.randn(*lead, d * (2 + rank), dtype=torch.float64)
     law = LowRank(Given(raw), d, rank)(torch.zeros(1))
-    factor = raw[..., 2 * d :].reshape(*lead, d, rank)
     scale = (7 * (raw[..., d : 2 * d] / 7).tanh()).exp()
+    factor = scale[..., None] * raw[..., 2 * d :].reshape(*lead, d, rank) / d
     covariance = factor @ factor.mT + (scale**2).diag_embed()
     assert (law.batch_shape, law.event_shape, law.has_rsample) == (lead, (d,), True)
     z = torch.randn(*lead, d, dtype=torch.float64)
@@ -152,11 +152,12 @@ def test_on_the_exact_posterior_the_elbo_is_log_p(kl):
     pair, x = LinearGaussian.reference()
     loc, covariance = pair.requires_grad_(False).posterior(x)
     tril = torch.linalg.cholesky(covariance)
-    full = torch.cat([loc, raw_scale(tril.diagonal())[None], tril[1:, :1]], -1)
+    below = 2 * tril[1:, :1] / tril[1, 1]  # in halves of the row's scale
+    full = torch.cat([loc, raw_scale(tril.diagonal())[None], below], -1)
     # rank one: covariance = w w' + diag, which any 2 x 2 is
     factor = covariance[0, 1].abs().sqrt() * torch.tensor([1.0, -1.0], dtype=torch.float64)
     rest = (covariance.diagonal() - factor**2).sqrt()
-    low = torch.cat([loc, raw_scale(rest)[None], factor[None]], -1)
+    low = torch.cat([loc, raw_scale(rest)[None], 2 * (factor / rest)[None]], -1)
     best = torch.cat([loc, raw_scale(pair.mean_field_variance.sqrt())[None]], -1)
     guides = [(full, FullCovariance, 0.0), (low, lambda net: LowRank(net, 2, 1), 0.0)]
     guides += [(best, pv.mean_field, 0.001940337142796622)]

@@ -184,6 +184,52 @@ def test_the_mixture_is_torchs():
     torch.testing.assert_close(prior().log_prob(z), by_hand)
 
 
+@pytest.mark.parametrize("name", ["mixture", "vamp"])
+def test_responsibilities_are_bayes_rule(name):
+    prior = disturbed(learned(name)[0])
+    z = torch.randn(7, 3, LATENT, generator=torch.Generator().manual_seed(0))
+    found = prior.responsibilities(z)
+    law = prior()
+    for m, weight in enumerate(law.mixture_distribution.probs):
+        component = torch.distributions.Normal(
+            law.component_distribution.mean[m], law.component_distribution.stddev[m]
+        )
+        joint = weight * component.log_prob(z).sum(-1).exp()
+        torch.testing.assert_close(found[..., m], joint / law.log_prob(z).exp())
+    torch.testing.assert_close(found.sum(-1), torch.ones(7, 3))
+
+
+def test_a_mixture_starts_where_it_is_put():
+    prior = MixturePrior(2, 3)
+    loc, scale, weights = torch.randn(3, 2), torch.rand(3, 2) + 0.01, torch.tensor([1.0, 2.0, 5.0])
+    prior.start_at(loc, scale.double(), weights)
+    law = prior()
+    torch.testing.assert_close(law.mixture_distribution.probs, weights / 8)
+    torch.testing.assert_close(law.component_distribution.mean, loc)
+    torch.testing.assert_close(law.component_distribution.stddev, scale)
+    prior.start_at(loc, scale)
+    torch.testing.assert_close(prior().mixture_distribution.probs, torch.full((3,), 1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loc": torch.zeros(2, 2)}, r"loc: expected finite numbers of shape \(3, 2\), got \(2, 2\)"),
+        ({"loc": torch.full((3, 2), torch.inf)}, "loc: expected finite"),
+        ({"scale": torch.ones(2)}, r"scale: .* shape \(3, 2\), got \(2,\)"),
+        ({"scale": torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])}, "scale must be positive, got 0.0"),
+        ({"weights": torch.ones(2)}, r"weights: .* shape \(3,\), got \(2,\)"),
+        ({"weights": torch.tensor([1.0, -1.0, 1.0])}, "weights must be positive, got -1.0"),
+    ],
+)
+def test_what_a_mixture_starts_at_is_checked(change, message):
+    prior = MixturePrior(2, 3)
+    before = [p.clone() for p in prior.parameters()]
+    with pytest.raises(ValueError, match=message):
+        prior.start_at(**({"loc": torch.zeros(3, 2), "scale": torch.ones(3, 2)} | change))
+    assert all(map(torch.equal, before, prior.parameters()))
+
+
 @pytest.mark.parametrize("spread", [0.3, 0.8, 0.95])
 def test_a_mixture_starts_as_wide_as_the_standard_normal(spread):
     with seeded(0):
