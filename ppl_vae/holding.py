@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.pairs import unregistered
+
 __all__ = ["Holder", "Key"]
 
 Key = tuple[Any, ...]
@@ -148,7 +150,8 @@ class Holder:
                 if tensor is not None:
                     store[name] = stand_ins[id(tensor)]
         try:
-            yield
+            with unregistered():
+                yield
             for store, kept in zip(stores, before, strict=True):
                 for name, tensor in kept.items():
                     now = store.get(name)

@@ -7,6 +7,7 @@ touched. Training, saving and moving a pair is then training, saving and moving 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.distributions import constraints, transform_to
 
 from ppl_vae.graphs import capturing
 
-__all__ = ["Batch", "Pair", "Program", "as_pair", "evaluating"]
+__all__ = ["Batch", "Pair", "Program", "as_pair", "evaluating", "unregistered"]
 
 Batch = tuple[Tensor, ...]
 
@@ -259,6 +260,17 @@ def as_pair(program: Program | Pair) -> Pair:
         pair = Pair(model, guide)
         attributes["_ppl_vae_pair"] = pair  # not setattr: a module would register it inside itself
     return pair
+
+
+@contextmanager
+def unregistered() -> Iterator[None]:
+    """A block in which tensors without a gradient stand for parameters, without Pyro's warning of each.
+
+    Evaluation mode would silence it too, but not for a module that the program makes as it runs.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*not registered in the param store because requires_grad=False")
+        yield
 
 
 @contextmanager

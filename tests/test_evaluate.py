@@ -1,6 +1,7 @@
 """Evaluation: how many particles, which seed, whose modes; programs of every kind; and every refusal."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -158,6 +159,22 @@ def test_decode_draws_the_latents_left_out():
     first, again, other = (decode(program, {"z2": z2}, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.isclose(first, other).any()
+
+
+@pytest.mark.parametrize("compile", ["off", "require"])
+def test_modules_made_as_the_program_runs_warn_of_nothing(compile):
+    """As in examples/your_own_model.py: a list of nets that is new, and so in training mode, at every run."""
+
+    class Bundled(OneLevel):
+        def model(self, x):
+            pyro.module("nets", nn.ModuleList([self.decoder]))
+            super().model(x)
+
+    with warnings.catch_warnings(), seeded(0):
+        warnings.simplefilter("error")
+        pair = as_pair(Bundled())
+        pv.fit(pair, X, epochs=1, device="cpu", progress=False, compile=compile)
+        assert math.isfinite(pv.log_likelihood(pair, X, 5, compile=compile).mean)
 
 
 # ---------------------------------------------------------------- posteriors of every kind

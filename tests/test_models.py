@@ -229,7 +229,7 @@ def test_a_density_refuses_conditions_that_it_does_not_know():
     program, x = density(conditional=True), pixels()
     with pytest.raises(ValueError, match="expected 3 conditions, one per sample, got 2"):
         program.blank(3, torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="unknown label . in row 0"):
+    with pytest.raises(ValueError, match=r"unknown label . in row 0"):
         fit(program, (x, conditions(x) + CLASSES))
 
 
