@@ -18,12 +18,11 @@ from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_vae.layout import Layout, inspect
-from ppl_vae.pairs import Batch, Pair, evaluating
-from ppl_vae.rng import seeded
+from ppl_vae.pairs import Batch, Pair
 from ppl_vae.sites import Site, base, data_first, family, hand_scale, plate_shape, statements
 
 __all__ = [
@@ -31,8 +30,10 @@ __all__ = [
     "LogTerms",
     "by_datum",
     "check_table",
+    "joint_terms",
     "log_density",
     "log_joint",
+    "log_posterior",
     "log_terms",
     "mean_field_problem",
     "require_guided",
@@ -41,7 +42,6 @@ __all__ = [
     "run_pair",
     "site_kl",
     "tabulate",
-    "trained_by",
     "with_values",
 ]
 
@@ -105,7 +105,13 @@ def log_terms(
 
 
 def log_joint(pair: Pair, latents: Mapping[str, Tensor], *batch: Tensor) -> Tensor:
-    """Log p(x, z) at given latents, in nats: the guide has no part in it, and nothing is drawn.
+    """Log p(x, z) at given latents, in nats, (K, B): the sum of `joint_terms`, with its arguments and errors."""
+    prior, likelihood = joint_terms(pair, latents, *batch)
+    return prior + likelihood
+
+
+def joint_terms(pair: Pair, latents: Mapping[str, Tensor], *batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Log p(z) and log p(x | z) at given latents, in nats: the guide has no part in it, and nothing is drawn.
 
     Args:
         pair: the pair.
@@ -114,7 +120,7 @@ def log_joint(pair: Pair, latents: Mapping[str, Tensor], *batch: Tensor) -> Tens
         *batch: tensors as the model takes them, first dimension B.
 
     Returns:
-        (K, B), differentiable in the latents and in the model's parameters.
+        Two of (K, B), differentiable in the latents and in the model's parameters.
 
     Raises:
         ValueError: a latent is missing, unknown or of another shape than its site's; a site outside the data
@@ -122,12 +128,25 @@ def log_joint(pair: Pair, latents: Mapping[str, Tensor], *batch: Tensor) -> Tens
     """
     particles = next((len(z) for z in latents.values() if z.dim()), 1)
     check_table(pair, batch, particles)
-    model = run_model(pair, batch, particles, latents, lead=(particles,))
-    sites = statements(model)
-    expected = {name for name, s in sites.items() if not s["is_observed"]}
+    sites = statements(run_model(pair, batch, particles, latents, lead=(particles,)))
+    drawn = [s for s in sites.values() if not s["is_observed"]]
+    _check_names({s["name"] for s in drawn}, latents)
+    zeros = _zeros(batch, particles)
+    return _total(drawn, zeros), _total((s for s in sites.values() if s["is_observed"]), zeros)
+
+
+def log_posterior(pair: Pair, latents: Mapping[str, Tensor], *batch: Tensor) -> Tensor:
+    """Log q(z | x) at given latents, in nats, (K, B); arguments and errors as of `joint_terms`."""
+    particles = next((len(z) for z in latents.values() if z.dim()), 1)
+    check_table(pair, batch, particles)
+    sites = statements(run_guide(pair, batch, particles, latents))
+    _check_names(set(sites), latents)
+    return _total(sites.values(), _zeros(batch, particles))
+
+
+def _check_names(expected: set[str], latents: Mapping[str, Tensor]) -> None:
     if expected != set(latents):
         raise ValueError(f"latents: expected values of {sorted(expected)}, got {sorted(latents)}")
-    return _total(sites.values(), _zeros(batch, particles))
 
 
 def tabulate(
@@ -182,33 +201,14 @@ def log_density(sites: Iterable[Site], batch: Batch, particles: int) -> Tensor:
     return _total(sites, _zeros(batch, particles))
 
 
-def trained_by(pair: Pair, batch: Batch) -> dict[str, list[nn.Parameter]]:
-    """The parameters that "model" and "guide" depend on; some, as those of a VampPrior's posterior, on both."""
-    wanted = [p for p in pair.parameters() if p.requires_grad]
-    with evaluating(pair), seeded(None, batch[0].device), torch.enable_grad():
-        check_table(pair, batch, 1)
-        drawn = run_guide(pair, batch, 1)
-        model = statements(run_model(pair, batch, 1, with_values(drawn, Tensor.detach)))
-        guide = statements(drawn)
-        draws = [s["value"].sum() for s in guide.values() if s["value"].requires_grad]
-        values = {
-            "model": log_density(model.values(), batch, 1).sum(),
-            "guide": log_density(guide.values(), batch, 1).sum() + sum(draws),
-        }
-        found = {
-            name: torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()
-            for name, value in values.items()
-        }
-    return {n: [p for p, g in zip(wanted, gs, strict=False) if g is not None] for n, gs in found.items()}
-
-
-def run_guide(pair: Pair, batch: Batch, particles: int, given: Trace | None = None) -> Trace:
-    """Run the guide on K particles, drawing, or on the values of an earlier run.
+def run_guide(
+    pair: Pair, batch: Batch, particles: int, given: Trace | Mapping[str, Tensor] | None = None
+) -> Trace:
+    """Run the guide on K particles, drawing, or on values: of an earlier run, or by name, (K, B, *plates, *event).
 
     Particles are a plate of their own, left of all plates of the program.
     """
-    guide = _particle_plate(pair, batch, particles)(pair.guide)
-    guide = guide if given is None else poutine.replay(guide, trace=given)
+    guide = _on_values(_particle_plate(pair, batch, particles)(pair.guide), given, (particles,))
     with _running():
         return poutine.trace(guide).get_trace(*batch)
 
@@ -237,13 +237,16 @@ def run_model(
         ValueError: a value given by name has another shape than its site.
     """
     model = _particle_plate(pair, batch, particles)(pair.model)
-    model = poutine.uncondition(model) if free else model
-    if isinstance(given, Trace):
-        model = poutine.replay(model, trace=given)
-    elif given is not None:
-        model = _Given(given, lead)(model)
+    model = _on_values(poutine.uncondition(model) if free else model, given, lead)
     with _running():
         return poutine.trace(model).get_trace(*batch)
+
+
+def _on_values(program: Any, given: Trace | Mapping[str, Tensor] | None, lead: tuple[int, ...]) -> Any:
+    """A program whose latents have the values of a trace, or those given by name."""
+    if isinstance(given, Trace):
+        return poutine.replay(program, trace=given)
+    return program if given is None else _Given(given, lead)(program)
 
 
 def run_pair(pair: Pair, batch: Batch, particles: int) -> tuple[dict[str, Site], dict[str, Site]]:

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from ppl_vae.objectives import Objective
-from ppl_vae.pairs import Batch, Pair
+from ppl_vae.pairs import Batch, Pair, evaluating
 from ppl_vae.products import Bfloat16Products
+from ppl_vae.rng import seeded
+from ppl_vae.sites import statements
+from ppl_vae.traces import check_table, log_density, run_guide, run_model, with_values
 
-__all__ = ["Precision", "Update", "gradients"]
+__all__ = ["Precision", "Update", "gradients", "trained_by"]
 
 Precision = Literal["float32", "bf16"]
 
@@ -193,3 +196,23 @@ def _plain(group: dict[str, Any]) -> bool:
         and len({p.dtype for p in parameters}) == 1
         and all(p.device.type == "cpu" for p in parameters)
     )
+
+
+def trained_by(pair: Pair, batch: Batch) -> dict[str, list[nn.Parameter]]:
+    """The parameters that "model" and "guide" depend on; some, as those of a VampPrior's posterior, on both."""
+    wanted = [p for p in pair.parameters() if p.requires_grad]
+    with evaluating(pair), seeded(None, batch[0].device), torch.enable_grad():
+        check_table(pair, batch, 1)
+        drawn = run_guide(pair, batch, 1)
+        model = statements(run_model(pair, batch, 1, with_values(drawn, Tensor.detach)))
+        guide = statements(drawn)
+        draws = [s["value"].sum() for s in guide.values() if s["value"].requires_grad]
+        values = {
+            "model": log_density(model.values(), batch, 1).sum(),
+            "guide": log_density(guide.values(), batch, 1).sum() + sum(draws),
+        }
+        found = {
+            name: torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()
+            for name, value in values.items()
+        }
+    return {n: [p for p, g in zip(wanted, gs, strict=False) if g is not None] for n, gs in found.items()}

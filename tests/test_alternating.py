@@ -15,7 +15,8 @@ from ppl_vae.bounds import Grouped, iwae
 from ppl_vae.estimators import doubly, pathwise
 from ppl_vae.pairs import as_pair
 from ppl_vae.rng import seeded
-from ppl_vae.traces import log_terms, trained_by
+from ppl_vae.traces import log_terms
+from ppl_vae.updates import trained_by
 
 
 def data(rows=64):

@@ -16,7 +16,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae.pairs import Pair, as_pair
 from ppl_vae.predictive import predict
-from ppl_vae.traces import by_datum, log_joint, log_terms, run_guide, run_model, run_pair, tabulate, with_values
+from ppl_vae.traces import (
+    by_datum,
+    joint_terms,
+    log_joint,
+    log_posterior,
+    log_terms,
+    run_guide,
+    run_model,
+    run_pair,
+    tabulate,
+    with_values,
+)
 
 PER_DATUM = [n for n in PROGRAMS if n not in ("shared latent", "auto diagonal", "scaled", "nested, subsampled")]
 
@@ -236,6 +247,27 @@ def latents_of(c, particles):
 def scaled(site):
     log_prob = dist.util.scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     return log_prob.flatten(1, -2).sum(1) if log_prob.dim() > 2 else log_prob
+
+
+@pytest.mark.parametrize("name", [n for n in PER_DATUM if n not in ("drawn rows", "auto normal")])
+def test_the_three_densities_at_given_latents(name):
+    """Those of the table, at its own draws, with nothing drawn again."""
+    c = case(name, torch.float64 if name not in ("bernoulli", "category", "baseline") else torch.float32)
+    model, guide = run_pair(c.pair, c.batch, 3)
+    latents = {n: by_datum(s, s["value"]).detach() for n, s in guide.items()}
+    state = torch.get_rng_state()
+    prior, likelihood = joint_terms(c.pair, latents, *c.batch)
+    posterior = log_posterior(c.pair, latents, *c.batch)
+    assert torch.equal(torch.get_rng_state(), state), "something was drawn"
+    torch.testing.assert_close(prior, sum(scaled(s) for n, s in model.items() if n in latents))
+    torch.testing.assert_close(likelihood, sum(scaled(s) for n, s in model.items() if n not in latents))
+    torch.testing.assert_close(posterior, sum(scaled(s) for s in guide.values()))
+
+
+def test_a_posterior_wants_the_guides_latents():
+    c = case("two levels")
+    with pytest.raises(ValueError, match=r"latents: expected values of \['h', 'z'\], got \['z'\]"):
+        log_posterior(c.pair, {"z": torch.zeros(2, ROWS, 2)}, *c.batch)
 
 
 @pytest.mark.parametrize("name", [n for n in PER_DATUM if n != "drawn rows"])
