@@ -38,6 +38,7 @@ from ppl_vae.densities import LogJoint
 from ppl_vae.discrete import Bits, Constant, OneHotCategorical, RelaxedBernoulli, RelaxedCategorical, Simplex
 from ppl_vae.disentangling import factor_score, mutual_information, mutual_information_gap
 from ppl_vae.enumeration import enumerated
+from ppl_vae.estimates import Average, average
 from ppl_vae.estimators import Estimator, doubly, pathwise, sticking
 from ppl_vae.evaluate import (
     ActiveUnits,
@@ -226,6 +227,8 @@ __all__ = [
     # judge
     "active_units",
     "ActiveUnits",
+    "average",
+    "Average",
     "bits_per_dimension",
     "decode",
     "elbo",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["ActiveUnits", "Direction", "Estimate"]
+__all__ = ["ActiveUnits", "Average", "Direction", "Estimate", "average"]
 
 Direction = Literal["lower", "upper", "unbiased"]
 
@@ -56,6 +56,46 @@ class Estimate:
             f"{self.name} = {self.mean:.3f} ± {self.mean_stderr:.3f} nats per datum "
             f"({kind}; {len(self.value)} data{error})"
         )
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean with its standard error; it prints as "0.645 ± 0.044", and takes the format of a number.
+
+    Attributes:
+        mean: the mean.
+        stderr: its standard error, sd / √n; NaN of one value.
+
+    >>> print(f"{Average(0.64512, 0.04378):.2f}")
+    0.65 ± 0.04
+    """
+
+    mean: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{self:.3f}"
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} ± {self.stderr:{spec}}" if spec else str(self)
+
+
+def average(values: Tensor) -> Average:
+    """The mean of independent values, with its standard error.
+
+    Args:
+        values: n numbers, or True and False, of which it is the share that holds.
+
+    Raises:
+        ValueError: no values.
+
+    >>> print(average(torch.tensor([1.0, 2.0, 3.0])))
+    2.000 ± 0.577
+    """
+    values = values.double().flatten()
+    if not len(values):
+        raise ValueError("values: there are none to take the mean of")
+    return Average(float(values.mean()), _stderr(values))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.conditionals import Conditional
-from ppl_vae.nets import OneHot
+from ppl_vae.nets import Concat, OneHot
 
 __all__ = ["CVAE", "VAE", "Density"]
 
@@ -148,6 +148,9 @@ def _check_conditions(size: int, *context: Tensor) -> None:
 
 def _check_labels(program: nn.Module, *context: Tensor) -> None:
     for module in program.modules():
-        if isinstance(module, OneHot):
-            for c in context:
-                module.check(c)
+        if isinstance(module, OneHot) and len(context) == 1:
+            module.check(context[0])
+        elif isinstance(module, Concat):  # which tells what goes where
+            for embedding, c in zip(reversed(module.embeddings), reversed(context), strict=False):
+                if isinstance(embedding, OneHot):
+                    embedding.check(c)

@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 Sites = dict[str, Site]
+SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of MMD's kernels
 Kernel = Literal["imq", "rbf"]
 
 
@@ -205,7 +206,7 @@ class MMD(Penalty):
         self,
         weight: float,
         kernel: Kernel = "imq",
-        scales: Sequence[float] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+        scales: Sequence[float] = SCALES,
         site: str | None = None,
     ) -> None:
         super().__init__(weight)
@@ -224,7 +225,7 @@ class MMD(Penalty):
         return self.weight * squared_mmd(z, fresh, self.kernel, self.scales).mean()  # over particles
 
 
-def squared_mmd(first: Tensor, second: Tensor, kernel: Kernel, scales: Sequence[float]) -> Tensor:
+def squared_mmd(first: Tensor, second: Tensor, kernel: Kernel = "imq", scales: Sequence[float] = SCALES) -> Tensor:
     """The unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012, eq. 3).
 
     Args:

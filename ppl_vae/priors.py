@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from ppl_vae.conditionals import Conditional, NetScale, Normal, at_least_one, bounded, unbounded
+from ppl_vae.conditionals import LOG_SCALE_LIMIT, Conditional, NetScale, Normal, at_least_one, bounded, unbounded
 from ppl_vae.flows import Flow, Flowed
 from ppl_vae.nets import refuse_mixing
 
@@ -126,24 +126,23 @@ class MixturePrior(_Mixture):
 
         Args:
             loc: means (M, latent).
-            scale: standard deviations (M, latent), positive.
+            scale: standard deviations (M, latent), between exp(-7) and exp(7).
             weights: π (M,), positive; they are made to sum to one. Left out, all are equal.
 
         Raises:
-            ValueError: other shapes, or numbers that are not finite or not positive; nothing is changed then.
+            ValueError: other shapes, or numbers out of range; nothing is changed then.
         """
         weights = torch.ones_like(self.logits) if weights is None else weights
-        for name, value, own in (
-            ("loc", loc, self.loc),
-            ("scale", scale, self.loc),
-            ("weights", weights, self.logits),
-        ):
-            if value.shape != own.shape or not bool(value.isfinite().all()):
+        least, most = math.exp(-LOG_SCALE_LIMIT), math.exp(LOG_SCALE_LIMIT)
+        allowed = {"loc": (-math.inf, math.inf), "scale": (least, most), "weights": (0.0, math.inf)}
+        shapes = {"loc": self.loc.shape, "scale": self.loc.shape, "weights": self.logits.shape}
+        for (name, (low, high)), value in zip(allowed.items(), (loc, scale, weights), strict=True):
+            if value.shape != shapes[name]:
+                raise ValueError(f"{name}: expected shape {tuple(shapes[name])}, got {tuple(value.shape)}")
+            if bool((wrong := ~((value > low) & (value < high))).any()):  # NaN is wrong, too
                 raise ValueError(
-                    f"{name}: expected finite numbers of shape {tuple(own.shape)}, got {tuple(value.shape)}"
+                    f"{name} must lie between {low:.3g} and {high:.3g}, got {float(value[wrong][0]):.3g}"
                 )
-            if name != "loc" and not bool((value > 0).all()):
-                raise ValueError(f"{name} must be positive, got {float(value.min())}")
         self.loc.copy_(loc)
         self.log_scale.copy_(unbounded(scale.log()))
         self.logits.copy_((weights / weights.sum()).log())

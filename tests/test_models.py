@@ -233,6 +233,17 @@ def test_a_density_refuses_conditions_that_it_does_not_know():
         fit(program, (x, conditions(x) + CLASSES))
 
 
+def test_each_of_several_conditions_is_checked_for_what_it_is():
+    x = pixels()
+    net = pv.Concat(pv.MLP(CLASSES + 2 + 3, 8, WIDTH), pv.OneHot(CLASSES), pv.OneHot(2), None)
+    program = pv.Density(pv.Normal(net, pv.LearnedScale()))
+    data = (x, conditions(x), (x[:, 3] > 0.5).long(), x[:, :3])
+    fit(program, data, epochs=1)
+    assert math.isfinite(pv.log_likelihood(program, data).mean)
+    with pytest.raises(ValueError, match="unknown label 2 in row 0: labels run from 0 to 1"):
+        fit(program, (*data[:2], torch.full((len(x),), 2), data[3]))
+
+
 @pytest.mark.parametrize("kind", LIKELIHOODS)
 def test_pictures_may_keep_their_rank(kind):
     # A likelihood over (1, 3, 4) pictures, the latents flattened by the net itself.

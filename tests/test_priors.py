@@ -214,12 +214,14 @@ def test_a_mixture_starts_where_it_is_put():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loc": torch.zeros(2, 2)}, r"loc: expected finite numbers of shape \(3, 2\), got \(2, 2\)"),
-        ({"loc": torch.full((3, 2), torch.inf)}, "loc: expected finite"),
-        ({"scale": torch.ones(2)}, r"scale: .* shape \(3, 2\), got \(2,\)"),
-        ({"scale": torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])}, "scale must be positive, got 0.0"),
-        ({"weights": torch.ones(2)}, r"weights: .* shape \(3,\), got \(2,\)"),
-        ({"weights": torch.tensor([1.0, -1.0, 1.0])}, "weights must be positive, got -1.0"),
+        ({"loc": torch.zeros(2, 2)}, r"loc: expected shape \(3, 2\), got \(2, 2\)"),
+        ({"loc": torch.full((3, 2), torch.inf)}, "loc must lie between -inf and inf, got inf"),
+        ({"loc": torch.full((3, 2), torch.nan)}, "loc must lie between -inf and inf, got nan"),
+        ({"scale": torch.ones(2)}, r"scale: expected shape \(3, 2\), got \(2,\)"),
+        ({"scale": torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])}, r"scale must lie .*1\.1e\+03, got 0"),
+        ({"scale": torch.full((3, 2), 1e-6)}, r"scale must lie between 0.000912 and .*, got 1e-06"),
+        ({"weights": torch.ones(2)}, r"weights: expected shape \(3,\), got \(2,\)"),
+        ({"weights": torch.tensor([1.0, -1.0, 1.0])}, "weights must lie between 0 and inf, got -1"),
     ],
 )
 def test_what_a_mixture_starts_at_is_checked(change, message):
