@@ -1,4 +1,4 @@
-"""MkDocs hooks: a page for each example, doctests shown as code, and the style sheet of highlighted code.
+"""MkDocs hooks: pages for the gallery and each example, doctests as code, the style sheet of highlighted code.
 
 An example's docstring is its page, and the code follows it, so that the two cannot drift apart.
 """
@@ -6,6 +6,7 @@ An example's docstring is its page, and the code follows it, so that the two can
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from markdown import Extension, Markdown
@@ -15,7 +16,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from pygments.formatters import HtmlFormatter
 
-__all__ = ["FencedDoctests", "example_page", "examples", "on_config", "on_files"]
+__all__ = ["FencedDoctests", "example_page", "examples", "gallery_page", "on_config", "on_files"]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -42,6 +43,21 @@ def example_page(source: str, name: str) -> str:
     title, _, prose = docstring.partition("\n")
     code = "\n".join(source.splitlines()[tree.body[0].end_lineno :]).strip("\n")
     return f"# {title.removeprefix('# ').rstrip('.')}\n{prose}\n\n`examples/{name}`\n\n````python\n{code}\n````\n"
+
+
+def gallery_page(readme: str) -> str:
+    """The Markdown page of the gallery: that section of the README, with links to the pages of the examples.
+
+    Args:
+        readme: Text of the README.
+
+    Raises:
+        ValueError: The README has no section called Gallery.
+    """
+    found = re.search(r"^## Gallery\n(.*?)(?=^## |\Z)", readme, re.M | re.S)
+    if found is None:
+        raise ValueError("README.md has no section `## Gallery`, which is a page of the documentation")
+    return "# Gallery\n" + re.sub(r"\(examples/(\w+)\.py\)", r"(examples/\1.md)", found[1]).rstrip() + "\n"
 
 
 class _FenceDoctests(Preprocessor):
@@ -85,6 +101,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in examples():
         page = example_page(path.read_text(encoding="utf-8"), path.name)
         files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
+    gallery = gallery_page((EXAMPLES.parent / "README.md").read_text(encoding="utf-8"))
+    files.append(File.generated(config, "gallery.md", content=gallery))
     style = HtmlFormatter(style="default").get_style_defs(".highlight")
     files.append(File.generated(config, "pygments.css", content=style))
     return files

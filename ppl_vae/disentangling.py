@@ -24,8 +24,8 @@ def mutual_information(codes: Tensor, factors: Tensor, bins: int = 20) -> Tensor
     and is at most log(bins). (Chen et al. 2018, eq. 5, take q(z_j | x) itself, which needs the pair.)
 
     Args:
-        codes: (N, d), draws from the posterior. Of its means, even one that hardly moves would tell much, since
-            bins are as fine as a latent's range is small; beside the noise of its draws that is nothing.
+        codes: (N, d), draws from the posterior, and not its means: bins adapt to a latent's range, so that even a
+            mean that hardly moves would seem to tell much; among draws that movement is lost in their noise.
         factors: (N, m), the factors' values, of which each must occur more than once.
         bins: of equal width, from the least to the largest of each latent.
 

@@ -89,6 +89,7 @@ def average(values: Tensor) -> Average:
     Raises:
         ValueError: no values.
 
+    >>> import torch
     >>> print(average(torch.tensor([1.0, 2.0, 3.0])))
     2.000 ± 0.577
     """

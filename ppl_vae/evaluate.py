@@ -80,7 +80,7 @@ def log_likelihood(
     (first, second), drawn, how = _summed(program, data, add_weights, start, seed=seed, compile=compile, **sizes)
     ess = (2 * first - second).exp()
     value, stderr = first - math.log(drawn or 1), weight_stderr(ess, drawn)
-    return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}", how)
+    return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}" if drawn else "log p(x)", how)
 
 
 def _summed(

@@ -33,9 +33,9 @@ def mean_field(net: nn.Module) -> Normal:
 class FullCovariance(Conditional):
     """q(z | x) = N(μ(x), L(x) L(x)ᵀ), L lower triangular (Kingma & Welling 2019, section 2.5.1).
 
-    L = diag(σ) (I + B / d) with B strictly lower triangular: every normal can be had, row i scales with σ_i as
-    `mean_field` does, and the numbers that an untrained net gives leave the latents almost independent. (Entries
-    of L taken from the net as they are cost 9 nats after 8 passes over MNIST.)
+    L = diag(σ) (I + B / d) with B strictly lower triangular, so that row i of L is σ_i times that of I + B / d.
+    Every normal can be had so, and with the small B of an untrained net the latents are almost independent. (With
+    the entries of L themselves from the net, the ELBO was 10 nats lower after 3 passes over MNIST, 20 latents.)
 
     Its KL to a standard or learned diagonal normal is a closed form.
 

@@ -116,8 +116,9 @@ def test_relative_links_lead_somewhere(page):
         if re.match(r"(https?:|mailto:|#)", target):
             continue
         path = page.parent / target.partition("#")[0]
-        script = ROOT / "examples" / f"{path.stem}.py"  # a page made by docs/hooks.py
-        assert path.exists() or (path.parent.name == "examples" and script.exists()), f"{label(page)}: {target}"
+        script = ROOT / "examples" / f"{path.stem}.py"
+        made = path == ROOT / "docs/gallery.md" or (path.parent.name == "examples" and script.exists())
+        assert path.exists() or made, f"{label(page)}: {target}"  # made: by docs/hooks.py
 
 
 def modules():
@@ -197,6 +198,10 @@ def test_an_example_is_its_docstring_and_its_code(hooks):
 def test_an_example_without_docstring_is_refused(hooks):
     with pytest.raises(ValueError, match=r"bare\.py has no docstring"):
         hooks.example_page("x = 1\n", "bare.py")
+    page = hooks.gallery_page("# x\n## Gallery\n\n[a](examples/a.py)\n\n## More\nno\n")
+    assert page == "# Gallery\n\n[a](examples/a.md)\n"
+    with pytest.raises(ValueError, match="no section `## Gallery`"):
+        hooks.gallery_page("# x\n")
 
 
 def test_doctests_are_shown_as_code(hooks):

@@ -192,6 +192,19 @@ def test_extreme_scales_keep_finite_densities_and_gradients(posterior, plain, sc
     assert net.value.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("posterior", [FullCovariance, lambda net: LowRank(net, D, 1)])
+@pytest.mark.parametrize("extreme", [1e4, -1e4])
+def test_strong_correlations_keep_finite_densities_and_gradients(posterior, extreme):
+    net = Given(torch.cat([torch.randn(5, 2 * D), torch.full((5, 3), extreme)], -1))
+    law = posterior(net)()
+    z = law.rsample()
+    (law.log_prob(z).sum() + z.sum()).backward()
+    assert net.value.grad.isfinite().all()
+    spread = law.covariance_matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+    correlation = law.covariance_matrix / (spread.unsqueeze(-1) * spread.unsqueeze(-2))
+    assert correlation[:, 1, 2].abs().min() > 0.7
+
+
 # ---- mixtures
 def mixture(*lead, m=3, d=2, spread=1.5):
     """Parameters of a mixture in float64: logits, locations, scales."""
