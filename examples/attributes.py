@@ -69,7 +69,7 @@ def agreement(asked: Tensor, came: Tensor) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description="A conditional VAE by attributes, on MNIST or digits.")
     p.add_argument("--data-dir", help="folder with MNIST/raw; digits without it")
-    p.add_argument("--epochs", type=int, default=20)
+    p.add_argument("--epochs", type=int, default=20, help="passes over MNIST, ten times as many over the digits")
     p.add_argument("--latent", type=int, default=20)
     p.add_argument("--out", type=Path, default=Path("figures"))
     p.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
@@ -77,17 +77,16 @@ def main() -> None:
 
     images = pv.mnist(a.data_dir) if a.data_dir else pv.digits()
     epochs = 1 if a.smoke else a.epochs if a.data_dir else 10 * a.epochs
-    raw = measure(images.train.x, images.shape)
+    train, valid, test = images.train, images.valid, images.test
+    if a.smoke:
+        train, valid, test = train[:300], valid[:100], test[:100]
+    raw = measure(train.x, images.shape)
     mean, deviation = raw.mean(0), raw.std(0)
 
     def standardised(x: Tensor) -> Tensor:
         return (measure(x, images.shape) - mean) / deviation
 
-    train, valid, test = (
-        pv.Data(s.x, standardised(s.x), transform=pv.redraw) for s in (images.train, images.valid, images.test)
-    )
-    if a.smoke:
-        train, valid, test = train[:300], valid[:100], test[:100]
+    train, valid, test = (pv.Data(s.x, standardised(s.x), transform=pv.redraw) for s in (train, valid, test))
     x, asked = test.columns
     torch.manual_seed(0)
     cvae = declare(x.shape[1], a.latent, len(NAMES))

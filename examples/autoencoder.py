@@ -9,8 +9,9 @@ of $f(g(x))$ (Hinton & Salakhutdinov 2006, *Reducing the Dimensionality of Data 
 no density, so nothing here is a bound on log p(x); it is judged by its error and by what its codes are good for.
 With linear f and g the optimum is PCA, the first row of the table.
 
-A denoising autoencoder (Vincent et al. 2008, *Extracting and Composing Robust Features with Denoising
-Autoencoders*) has its codes made from a corrupted input, and still explains the clean one:
+A denoising autoencoder has its codes made from a corrupted input, and still explains the clean one. With normal
+noise, as here, it is that of Vincent et al. 2010 (*Stacked Denoising Autoencoders*, JMLR 11); the first, of 2008,
+set entries to zero.
 
 $$q(z \\mid x) = \\int \\delta(z - g(\\tilde x))\\, \\mathcal N(\\tilde x; x, \\tau^2 I)\\, d\\tilde x.$$
 
@@ -57,21 +58,20 @@ def declare(width: int, latent: int, *first: nn.Module) -> pv.VAE:
 
 def error(x: Tensor, y: Tensor) -> str:
     """Mean squared error per pixel, with the standard error over images."""
-    each = (x - y).square().mean(1)
-    return f"{float(each.mean()):.5f} ± {float(each.std()) / len(each) ** 0.5:.5f}"
+    return f"{pv.average((x - y).square().mean(1)):.5f}"
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description="A plain and a denoising autoencoder, and PCA.")
     p.add_argument("--data-dir", help="folder with MNIST/raw; digits without it")
-    p.add_argument("--epochs", type=int, default=15)
+    p.add_argument("--epochs", type=int, default=15, help="passes over MNIST, ten times as many over the digits")
     p.add_argument("--out", type=Path, default=Path("figures"))
     p.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     a = p.parse_args()
 
     images = pv.mnist(a.data_dir) if a.data_dir else pv.digits()
     n = 300 if a.smoke else len(images.train)
-    (x, y), test, labels = images.train[:n].columns, images.test.x, images.test.y
+    (x, y), (test, labels) = (split[:n].columns for split in (images.train, images.test))
     width, latent = x.shape[1], 32 if a.data_dir else 8
     noisy = test + NOISE * torch.randn(test.shape, generator=torch.Generator().manual_seed(1))
 
@@ -95,10 +95,9 @@ def main() -> None:
     print(f"{images.name}, {latent} codes\n{'':12}{'error':20}{'from noisy':20}accuracy")
     for name, code in codes.items():
         judge = KNeighborsClassifier(5, algorithm="brute").fit(code(x).numpy(), y)
-        right = judge.score(code(test).numpy(), labels)
-        spread = (right * (1 - right) / len(test)) ** 0.5
+        right = torch.from_numpy(judge.predict(code(test).numpy())) == labels
         print(f"{name:12}{error(maps[name](test), test):20}{error(maps[name](noisy), test):20}", end="")
-        print(f"{right:.4f} ± {spread:.4f}")
+        print(f"{pv.average(right):.4f}")
 
     a.out.mkdir(parents=True, exist_ok=True)
     rows = {"original": test, "noisy input": noisy} | {f"from noisy, {k}": m(noisy[:10]) for k, m in maps.items()}

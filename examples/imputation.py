@@ -71,18 +71,18 @@ def impute(vae: pv.VAE, x: Tensor, seen: Tensor, chains: int, rounds: int) -> tu
 def report(name: str, guess: Tensor, x: Tensor, seen: Tensor) -> None:
     """Print the mean squared error of what was hidden, and its standard error over pictures."""
     each = ((guess - x).square() * ~seen).sum(1) / (~seen).sum(1)
-    print(f"  {name:<13} {each.mean():.4f} ± {each.std() / len(each) ** 0.5:.4f}")
+    print(f"  {name:<13} {pv.average(each):.4f}")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description="Impute missing pixels with a trained VAE, on MNIST or digits.")
     p.add_argument("--data-dir", help="folder with MNIST/raw; digits without it")
-    p.add_argument("--epochs", type=int, default=8)
+    p.add_argument("--epochs", type=int, default=8, help="passes over MNIST, ten times as many over the digits")
     p.add_argument("--out", type=Path, default=Path("figures"))
     p.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     a = p.parse_args()
     images = pv.mnist(a.data_dir) if a.data_dir else pv.digits()
-    epochs = 1 if a.smoke else a.epochs if a.data_dir else 20 * a.epochs
+    epochs = 1 if a.smoke else a.epochs if a.data_dir else 10 * a.epochs
     train = images.train.x[:300] if a.smoke else images.train.x
     x = images.test.x[:: len(images.test) // 200][:200].round()  # from all over the test data
     torch.manual_seed(0)

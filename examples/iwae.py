@@ -17,7 +17,8 @@ tightens nothing. But the better the bound, the worse the signal of the guide's 
 Each row is one run of the same net on the same data; only `objective` differs. All are judged by the same bound.
 
 The net is the paper's, 784-200-200-50 with tanh, on MNIST with redrawn pixels where `--data-dir` has it, with
-fewer units on 8x8 digits otherwise. `tests/bench/mnist.py` runs the full-length version.
+fewer units on 8x8 digits otherwise. `tests/bench/mnist.py` runs 50 passes (the paper: 3280) of the ELBO, of IWAE
+with 5 and 50 draws, and of the doubly reparameterised gradient with 5.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def compared(rows: dict[str, tuple[pv.Estimate, int]]) -> Figure:
     figure = Figure(figsize=(6.6, 3.2), layout="constrained")
     axes = figure.subplots()
     bounds = [bound for bound, _ in rows.values()]
-    gaps = [float((b.value - bounds[0].value).std()) / len(b.value) ** 0.5 for b in bounds]
+    gaps = [pv.average(b.value - bounds[0].value).stderr for b in bounds]
     axes.errorbar([b.mean for b in bounds], range(len(rows)), xerr=gaps, fmt="o", capsize=3)
     axes.set_yticks(range(len(rows)), [f"{name} ({units} active)" for name, (_, units) in rows.items()])
     axes.invert_yaxis()
@@ -77,10 +78,12 @@ def main() -> None:
     p = argparse.ArgumentParser(description="VAE, IWAE and its kin: the same program under several objectives.")
     p.add_argument("--data-dir", help="folder with MNIST/raw; digits without it")
     p.add_argument("--particles", type=int, default=8, help="an even number")
-    p.add_argument("--epochs", type=int, default=10)
+    p.add_argument("--epochs", type=int, default=10, help="passes over MNIST, ten times as many over the digits")
     p.add_argument("--out", type=Path, default=Path("figures"))
     p.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     a = p.parse_args()
+    if a.particles < 2 or a.particles % 2:
+        p.error(f"--particles must be an even number, at least 2, got {a.particles}")
     images = pv.mnist(a.data_dir) if a.data_dir else pv.digits()
     hidden, latent = (200, 50) if a.data_dir else (100, 20)
     epochs = 1 if a.smoke else a.epochs if a.data_dir else 10 * a.epochs

@@ -11,16 +11,19 @@ A picture without a label is bounded by the exact sum over the ten it might have
 $$\\log p(x) \\ge \\sum_y q(y \\mid x)\\, \\mathbb E_{q(z \\mid x, y)} \\left[ \\log p(x, y, z) -
 \\log q(z \\mid x, y) - \\log q(y \\mid x) \\right],$$
 
-one with a label by its term of log p(x, y), plus $\\alpha \\log q(y \\mid x)$ (eq. 9). All this is one program and
-`ELBO(estimator=pv.enumerated)`: a missing label is -1.
+one with a label by the same expectation at its own y, without log q(y|x): a bound on log p(x, y) (eq. 6). To it
+comes $\\alpha \\log q(y \\mid x)$ (eq. 9). All this is one program and `ELBO(estimator=pv.enumerated)`: a missing
+label is -1.
 
 Protocol: as many labels of each class, drawn from the training pictures, which all occur once without a label;
 the labelled ones occur again with it, so often that they make up a tenth of the rows of an epoch, and of a batch
-in the mean. Pixels are redrawn whenever they are shown. The classifier is a small convolutional net, the others
-have one hidden layer. The settings are the same for any number of labels; the test pictures classified are grey.
+in the mean. Pixels are redrawn whenever they are shown. The test pictures classified are grey. Two things are not
+the paper's: the classifier, a small convolutional net, and α = 50. Settings are the same for any number of labels.
 
 The figure shows analogies: each row has the style of the picture on its left, each column another label. The
-paper's settings are `--labels 100 600 1000 3000`. Measured with 100, `--data-dir FOLDER`: .920 ± .003.
+paper's numbers of labels are `--labels 100 600 1000 3000`, for which Pyro's tutorial on this model has .932, .944,
+.949 and .958 right. Measured here (`--data-dir FOLDER`): .920 ± .003 with 100 and
+.975 ± .002 with 3000.
 """
 
 import argparse
@@ -87,10 +90,13 @@ def main() -> None:
     a = p.parse_args()
 
     images = pv.mnist(a.data_dir) if a.data_dir else pv.digits()
-    x, y = images.train[:300].columns if a.smoke else images.train.columns
+    train, test = (s[: 300 if a.smoke else len(s)] for s in (images.train, images.test))
+    if any(n % CLASSES or not CLASSES <= n <= len(images.train) for n in a.labels):
+        p.error(f"--labels must be multiples of {CLASSES} from {CLASSES} to {len(images.train)}, got {a.labels}")
+    x, y = train.columns
     epochs = 1 if a.smoke else a.epochs or (8 if a.data_dir else 100)
     a.out.mkdir(parents=True, exist_ok=True)
-    for labels in a.labels:
+    for labels in (min(n, len(train)) for n in a.labels):
         torch.manual_seed(0)
         program = declare(x, images.shape, 200, 50 if a.data_dir else 10)
         pv.fit(
@@ -102,13 +108,10 @@ def main() -> None:
             optimizer=partial(torch.optim.Adam, lr=1e-3, fused=True),
             scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs),
         )
-        right = program.accuracy(images.test.x, images.test.y)
-        error = (right * (1 - right) / len(images.test)) ** 0.5
-        print(f"{labels} labels: {right:.4f} ± {error:.4f} of the test pictures right", flush=True)
-        rows = analogies(program, images.test.x[:10].round())
-        figure = plots.image_grid(
-            rows, images.shape, 1 + CLASSES, "Pictures, and their styles under labels 0 to 9"
-        )
+        right = pv.average(program.classify(test.x).argmax(-1) == test.y)
+        print(f"{labels} labels: {right:.4f} of the test pictures right", flush=True)
+        rows, title = analogies(program, test.x[:10].round()), "Pictures, and their styles under labels 0 to 9"
+        figure = plots.image_grid(rows, images.shape, 1 + CLASSES, title)
         plots.save(figure, a.out / f"semisupervised_{labels}.png")
     print(f"figures in {a.out}")
 

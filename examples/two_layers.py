@@ -13,6 +13,10 @@ wide between x and h_1, 100 wide between h_1 and h_2. The levels are the sites z
 Every draw of the guide is a chance to be far from the posterior, and here it draws twice: the importance-weighted
 bound gains more than with one layer. After 3280 passes over MNIST with 5 draws, the paper has -85.01 nats for the
 VAE and -83.89 for the IWAE, with 17 + 5 and 21 + 5 active units.
+
+Measured by `python examples/two_layers.py --data-dir FOLDER --epochs 10` on the first 1000 test images: L_1000 of
+-97.8 for the ELBO of 5 draws and -96.8 for the IWAE (± .9, the same images), with 98 + 3 and 100 + 2 active units.
+Units next to the data are nearly all active here, since their prior moves with h_2.
 """
 
 import argparse
@@ -46,7 +50,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description="Two stochastic layers, trained as VAE and as IWAE.")
     p.add_argument("--data-dir", help="folder with MNIST/raw; digits without it")
     p.add_argument("--particles", type=int, default=5)
-    p.add_argument("--epochs", type=int, default=12)
+    p.add_argument("--epochs", type=int, default=12, help="passes over MNIST, ten times as many over the digits")
     p.add_argument("--out", type=Path, default=Path("figures"))
     p.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     a = p.parse_args()

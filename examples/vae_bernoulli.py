@@ -27,7 +27,7 @@ from ppl_vae import plots
 def main() -> None:
     p = argparse.ArgumentParser(description="A Bernoulli VAE with redrawn pixels, on MNIST or digits.")
     p.add_argument("--data-dir", help="folder with MNIST/raw; digits without it")
-    p.add_argument("--epochs", type=int, default=20)
+    p.add_argument("--epochs", type=int, default=20, help="passes over MNIST, ten times as many over the digits")
     p.add_argument("--out", type=Path, default=Path("figures"))
     p.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     a = p.parse_args()
