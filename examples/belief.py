@@ -18,8 +18,8 @@ did. Compared on the same network are
 For VIMCO with 1, 5 and 50 draws on this network, Maddison et al. (2017) report 104.4, 101.9 and 98.8 nats, after
 far longer runs.
 
-Measured by `python examples/belief.py --data-dir FOLDER`, first 1000 test images, after 30 passes: -L_1000 of 106.8
-(VIMCO), 114.2 (NVIL) and 106.3 (RWS), each ± .9 nats. NVIL maximises the ELBO, the others a bound of 5 draws.
+Measured by `python examples/belief.py --data-dir FOLDER`, first 1000 test images, after 30 passes: -L_1000 of
+106.8 (VIMCO), 114.2 (NVIL) and 106.3 (RWS), each ± .9 nats. NVIL maximises the ELBO, the others L_5.
 """
 
 import argparse
