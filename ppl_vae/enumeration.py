@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from pyro.distributions import Delta
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from ppl_vae.bounds import Bound, Grouped, elbo
-from ppl_vae.graphs import capturing
 from ppl_vae.layout import Layout, inspect
-from ppl_vae.pairs import Batch, Pair, evaluating
-from ppl_vae.rng import seeded
-from ppl_vae.sites import Site, base, family, plate_shape, statements
+from ppl_vae.pairs import Pair
+from ppl_vae.sites import Site, base, statements
 from ppl_vae.traces import KL, check_table, log_density, run_guide, run_model, tabulate
 
 __all__ = ["enumerated"]
@@ -59,10 +52,10 @@ def enumerated(
     >>> pv.ELBO(estimator=enumerated)(pv.as_pair(vae), torch.zeros(5, 4)).shape
     torch.Size([5])
     """
-    sizes = _sizes(pair, batch)
+    check_table(pair, batch, particles)
+    sizes = _sizes(pair.layout or inspect(pair, batch))
     categories = math.prod(sizes.values())
     rows = categories * particles
-    check_table(pair, batch, rows)
     with _Set(sizes, particles):
         guide = run_guide(pair, batch, rows)
     model = run_model(pair, batch, rows, guide)
@@ -102,57 +95,21 @@ class _Set(Messenger):  # type: ignore[misc]
         msg["value"], msg["done"] = rows.flatten(0, 2).expand(fn.batch_shape + fn.event_shape), True
 
 
-# How many values the sites of a pair have, for the layout that it was found with: it takes a run to see.
-_known: WeakKeyDictionary[Pair, tuple[Layout, dict[str, int]]] = WeakKeyDictionary()
+def _sizes(layout: Layout) -> dict[str, int]:
+    """The discrete sites of a guide, in its order, and how many values each of them has.
 
-
-def _sizes(pair: Pair, batch: Batch) -> dict[str, int]:
-    """The discrete sites of a guide, in its order, and how many values each of them has."""
-    layout = pair.layout or inspect(pair, batch)
-    known = None if capturing() else _known.get(pair)  # whatever ran before, a trace is to come out the same
-    if known is None or known[0] is not layout:
-        known = _known[pair] = layout, _found(pair, batch, layout)
-    return known[1]
-
-
-def _found(pair: Pair, batch: Batch, layout: Layout) -> dict[str, int]:
-    check_table(pair, batch, 1)
-    if not layout.score_only:
+    Raises:
+        ValueError: there is none, or one of them cannot be summed over.
+    """
+    if not layout.values:
         raise ValueError(
             f"site {', '.join(map(repr, layout.latents))}: no discrete latent, so there is nothing to sum over; "
             "use the estimator pathwise"
         )
-    # Not a part of the graph that may be being captured, and no draw of the caller's.
-    with disable_proxy_modes_tracing(), seeded(None, batch[0].device), torch.no_grad(), evaluating(pair):
-        sites = statements(run_guide(pair, batch, 1))
-    return {name: _size(sites[name]) for name in layout.score_only}
-
-
-def _size(site: Site) -> int:
-    """How many values a site has.
-
-    Raises:
-        ValueError: it cannot be summed over.
-    """
-    fn, name = site["fn"], site["name"]
-    if not fn.has_enumerate_support:
-        raise ValueError(
-            f"site {name!r}: {family(site)} with events of shape {tuple(fn.event_shape)} gives no list of its "
-            f"values to sum over; {_SCORES}"
-        )
-    if len(plate_shape(site) or ()) != 2:
-        raise ValueError(f"site {name!r}: it has several draws per datum, in an inner plate; {_SCORES}")
-    if site["mask"] is not None or _has_mask(fn):
-        raise ValueError(f"site {name!r}: it is masked, so its density is not its probability; {_SCORES}")
-    return len(fn.enumerate_support(expand=False))
-
-
-def _has_mask(fn: Any) -> bool:
-    while fn is not base(fn):
-        if isinstance(fn, MaskedDistribution):
-            return True
-        fn = fn.base_dist
-    return False
+    for name, values in layout.values.items():
+        if isinstance(values, str):
+            raise ValueError(f"site {name!r}: {values}; {_SCORES}")
+    return {name: values for name, values in layout.values.items() if isinstance(values, int)}
 
 
 def _require_first(sites: Mapping[str, Site], names: list[str]) -> None:

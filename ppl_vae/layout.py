@@ -15,7 +15,7 @@ from torch.distributions import constraints
 
 from ppl_vae.pairs import Batch, Pair, evaluating
 from ppl_vae.rng import seeded
-from ppl_vae.sites import Site, base, plate_shape, statements
+from ppl_vae.sites import Site, base, masked, plate_shape, statements
 
 __all__ = ["Layout", "check_finite", "check_rows", "check_supports", "check_values", "inspect"]
 
@@ -34,6 +34,7 @@ class Layout:
         observed: observed site -> (position of its tensor in the batch or None, family, support or None); a
             tensor that the model reshapes first is found, a copy of it is not.
         score_only: latent sites without a reparameterised sampler.
+        values: of each of these, how many values it has, or, where they cannot be listed, why.
         enumerated: latent sites that the model enumerates and the guide leaves out, as TraceEnum_ELBO allows.
         points: latent sites whose posterior is a point where the prior has a density: such a guide has no bound.
         outside: sites outside the data plate; with any, there is no bound per datum.
@@ -44,6 +45,7 @@ class Layout:
     latents: tuple[str, ...]
     observed: dict[str, tuple[int | None, str, Any]]
     score_only: tuple[str, ...]
+    values: dict[str, int | str]
     enumerated: tuple[str, ...]
     points: tuple[str, ...]
     outside: tuple[str, ...]
@@ -76,6 +78,7 @@ def inspect(pair: Pair, batch: Batch) -> Layout:
         latents=tuple(guide),
         observed={n: _observation(s, batch) for n, s in model.items() if s["is_observed"]},
         score_only=tuple(n for n, s in guide.items() if not s["fn"].has_rsample),
+        values={n: _values(s) for n, s in guide.items() if not s["fn"].has_rsample},
         enumerated=enumerated,
         points=_points(model, guide),
         outside=tuple(dict.fromkeys(s["name"] for s in sites if plate_shape(s) is None)),
@@ -113,6 +116,19 @@ def _match(model: dict[str, Site], guide: dict[str, Site]) -> tuple[str, ...]:
     if extra:
         raise ValueError(f"site {min(extra)!r}: drawn by the guide, but no latent of the model")
     return tuple(sorted(enumerated))
+
+
+def _values(site: Site) -> int | str:
+    """How many values a discrete site has, or why there is no list of them for each datum."""
+    fn = site["fn"]
+    if not fn.has_enumerate_support:
+        family = type(base(fn)).__name__
+        return f"{family} with events of shape {tuple(fn.event_shape)} gives no list of its values to sum over"
+    if len(plate_shape(site) or ()) != 1:
+        return "it has several draws per datum, in an inner plate"
+    if site["mask"] is not None or masked(fn):
+        return "it is masked, so its density is not its probability"
+    return len(fn.enumerate_support(expand=False))
 
 
 def _points(model: dict[str, Site], guide: dict[str, Site]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Independent
 
-__all__ = ["Site", "base", "data_first", "family", "hand_scale", "mean_of", "plate_shape", "statements"]
+__all__ = ["Site", "base", "data_first", "family", "hand_scale", "masked", "mean_of", "plate_shape", "statements"]
 
 Site = dict[str, Any]
 WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
@@ -36,6 +36,15 @@ def base(fn: Any) -> Any:
     while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
+
+
+def masked(fn: Any) -> bool:
+    """Whether a distribution is masked, inside Independent and Expanded ones too."""
+    while isinstance(fn, WRAPPERS):
+        if isinstance(fn, MaskedDistribution):
+            return True
+        fn = fn.base_dist
+    return False
 
 
 def mean_of(site: Site) -> Tensor:

@@ -19,7 +19,6 @@ from torch import nn
 from trials import captured_as_written, trains_under_fit
 
 import ppl_vae as pv
-from ppl_vae import enumeration
 from ppl_vae.bounds import elbo, iwae
 from ppl_vae.enumeration import enumerated
 from ppl_vae.layout import inspect
@@ -290,16 +289,12 @@ def test_trains_under_fit(interpreted):
     trains_under_fit(m2(True, alpha=1.0), pv.IWAE(2, estimator=enumerated), X, Y)
 
 
-def test_values_are_counted_once_per_layout(monkeypatch):
-    calls, count = [], enumeration._found
-    monkeypatch.setattr(enumeration, "_found", lambda *a: calls.append(1) or count(*a))
-    category = case("category")
-    for _ in range(2):
-        ours()(category.pair, *category.batch)
-    assert len(calls) == 1
-    inspect(category.pair, category.batch)
-    ours()(category.pair, *category.batch)
-    assert len(calls) == 2
+def test_the_layout_tells_how_many_values_there_are():
+    category, bits = case("category"), case("bernoulli")
+    assert inspect(category.pair, category.batch).values == {"z": 2}
+    assert "no list of its values" in inspect(bits.pair, bits.batch).values["z"]
+    normal = case("one level")
+    assert inspect(normal.pair, normal.batch).values == {}
 
 
 # ---- what is refused
