@@ -19,6 +19,10 @@ Each row is one run of the same net on the same data; only `objective` differs. 
 The net is the paper's, 784-200-200-50 with tanh, on MNIST with redrawn pixels where `--data-dir` has it, with
 fewer units on 8x8 digits otherwise. `tests/bench/mnist.py` runs 50 passes (the paper: 3280) of the ELBO, of IWAE
 with 5 and 50 draws, and of the doubly reparameterised gradient with 5.
+
+Measured by `python examples/iwae.py --data-dir FOLDER` (10 passes, K = 8, first 1000 test images), -L_1000: 97.16
+ELBO, 96.08 IWAE, 95.35 doubly, 95.73 MIWAE, 95.92 CIWAE, 95.36 PIWAE, each ± .9 over the same images; 17, 46, 46,
+30, 42 and 49 of 50 units active.
 """
 
 import argparse
