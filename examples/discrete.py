@@ -13,6 +13,9 @@ A relaxed model is another model, and its bound says nothing of bits. "Straight 
 ones, 1[y > 0], with the gradient of relaxed ones (Bengio et al. 2013). Under the relaxed prior these are
 Bernoulli(1/2), so that its bound is one on log p(x) of the bits, only looser, since it weighs y and not b. So the
 nets of both are put into the program of bits and judged there, like with like.
+
+Measured by `python examples/discrete.py --data-dir FOLDER --epochs 12`, first 1000 test images, -L_1000 of the
+bits: 122.0 (relaxed), 122.9 (straight through) and 116.9 (VIMCO), each ± 1.2 over the same images.
 """
 
 import argparse

@@ -20,9 +20,8 @@ a factor, and the FactorVAE score of posterior means (Kim & Mnih 2018). Both wan
 benchmarks, and both depend on the seed as much as on the objective (Locatello et al. 2019): try `--seed`. A figure
 moves one latent of the middle picture per row, and tells what share of a factor's entropy that one knows.
 
-Measured with `python examples/disentangling.py`, one seed: MIG 0.165 (VAE), 0.238 (beta), 0.172 (capacity), 0.336
-(TC), 0.281 (Factor); FactorVAE scores 0.86, 0.72, 0.63, 0.80, 0.73 ± 0.02. REMEASURE In all, size and brightness
-stay entangled.
+Measured with `python examples/disentangling.py`, one seed: MIG .166 (VAE), .238 (beta), .179 (capacity), .335
+(TC), .279 (Factor); FactorVAE scores .86, .72, .63, .80, .73 ± .02. In all, size and brightness stay entangled.
 """
 
 import argparse

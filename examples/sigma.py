@@ -35,6 +35,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import ppl_vae as pv
@@ -50,10 +51,11 @@ SCALES = {
 
 def declare(width: int, latent: int, scale: pv.Scale) -> pv.VAE:
     """The pair; only the likelihood's scale differs."""
+    mlp = partial(pv.MLP, activation=nn.SiLU)  # ReLUs may die under a great σ, and then latents with them
     return pv.VAE(
         prior=pv.StandardNormal(latent),
-        likelihood=pv.Normal(pv.MLP(latent, 128, 256, scale.channels * width), scale),
-        posterior=pv.mean_field(pv.MLP(width, 256, 128, 2 * latent)),
+        likelihood=pv.Normal(mlp(latent, 128, 256, scale.channels * width), scale),
+        posterior=pv.mean_field(mlp(width, 256, 128, 2 * latent)),
     )
 
 

@@ -16,8 +16,8 @@ of the layers, so that nothing is copied between them. Both columns are judged b
 test images and by the accuracy of five nearest neighbours among the codes; the net without pre-training gets as
 many epochs as pre-training and fine-tuning together.
 
-Measured on 8x8 digits (64-50-25-8, `--epochs 10`): error .0328 ± .0008 and accuracy .920 ± .016 stacked, .0322 ±
-.0008 and .907 ± .017 from scratch. A net this small, under Adam, does not need pre-training.
+Measured (`--data-dir FOLDER`, MNIST): error .0124 ± .0001 and accuracy .973 ± .002 stacked, .0325 ± .0002 and .825
+± .004 from scratch. On 8x8 digits, with a smaller net (64-50-25-8), both were as good as each other.
 """
 
 import argparse
