@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["ActiveUnits", "Average", "Direction", "Estimate", "average"]
+__all__ = ["ActiveUnits", "Average", "Direction", "Estimate", "Sandwich", "average"]
 
 Direction = Literal["lower", "upper", "unbiased"]
 
@@ -97,6 +97,29 @@ def average(values: Tensor) -> Average:
     if not len(values):
         raise ValueError("values: there are none to take the mean of")
     return Average(float(values.mean()), _stderr(values))
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """A lower and an upper bound for the same N data, simulated from the model.
+
+    Attributes:
+        lower: of annealing towards the posterior.
+        upper: of annealing away from it.
+        settings: how both were annealed.
+    """
+
+    lower: Estimate
+    upper: Estimate
+    settings: Any
+
+    @property
+    def gap(self) -> Average:
+        """Mean distance of the two, nats per datum, with its error over data drawn from the model."""
+        return average(self.upper.value - self.lower.value)
+
+    def __str__(self) -> str:
+        return f"{self.lower}\n{self.upper}\ngap {self.gap} nats per datum"
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,12 @@ __all__ = [
     "decode",
     "elbo",
     "encode",
+    "judging",
     "log_likelihood",
     "presented",
     "reconstruct",
     "sample",
+    "template",
 ]
 
 
@@ -99,7 +101,7 @@ def _summed(
     Where nothing is latent there is nothing to draw: 0, and the sums are one exact term.
     """
     engine = Engine(compile)
-    with _judging(program, seed) as pair:
+    with judging(program, seed) as pair:
         source = prepare(pair, data, batch_size)
         _check_density(pair)
         drawn = sizes["particles"] if pair.layout is None or pair.layout.latents else 0
@@ -205,7 +207,7 @@ def active_units(
         ValueError: fewer than two data or one particle; data that do not suit the pair.
     """
     at_least_one(particles=particles)
-    with _judging(program, seed) as pair:
+    with judging(program, seed) as pair:
         batches = presented(pair, data, batch_size, seed)
         parts = [guide_means(pair, *b, particles=particles) for _, b in batches]
     means = {name: torch.cat([p[name] for p in parts]).double().cpu() for name in parts[0]}
@@ -232,7 +234,7 @@ def encode(
         ValueError: fewer than one particle; a batch that does not suit the pair.
     """
     at_least_one(particles=particles)
-    with _judging(program, seed) as pair:
+    with judging(program, seed) as pair:
         checked = _checked(pair, batch)
         return guide_draws(pair, *checked) if draw else guide_means(pair, *checked, particles=particles)
 
@@ -252,7 +254,7 @@ def reconstruct(program: Program | Pair, *batch: Tensor, site: str | None = None
     Raises:
         ValueError: a batch that does not suit the pair; no such site, or several to choose from.
     """
-    with _judging(program, seed) as pair:
+    with judging(program, seed) as pair:
         return _only(predict(pair, *_checked(pair, batch), latents="means")[2], site)[0]
 
 
@@ -283,8 +285,8 @@ def sample(
         ValueError: no way to know the shapes, fewer than one sample, conditions that do not suit the pair.
     """
     at_least_one(size=size)
-    with _judging(program, seed) as pair:
-        drawn = predict(pair, *_template(pair, size, context, like), latents="prior")
+    with judging(program, seed) as pair:
+        drawn = predict(pair, *template(pair, size, context, like), latents="prior")
     return _only(drawn[2] if mean else drawn[1], site)[0]
 
 
@@ -314,14 +316,14 @@ def decode(
         ValueError: no latents, unknown ones, of other shapes or lengths, or NaN; no way to know the shapes;
             conditions that do not suit the pair.
     """
-    with _judging(program, seed) as pair:
+    with judging(program, seed) as pair:
         given = {name: _tensors(pair, (z,))[0] for name, z in latents.items()}
         sizes = {len(z) for z in given.values()}
         if len(sizes) != 1:
             raise ValueError(f"latents: expected tensors of one length, got lengths {sorted(sizes)}")
         for name, z in given.items():
             check_finite(z, f"latents {name!r}")
-        batch = _template(pair, sizes.pop(), context, like)
+        batch = template(pair, sizes.pop(), context, like)
         drawn, _, means = predict(pair, *batch, latents=given)
     if unknown := set(given) - set(drawn):
         raise ValueError(f"latents: the model has no latent {min(unknown)!r}, but {sorted(drawn)}")
@@ -343,7 +345,7 @@ def _checked(pair: Pair, batch: Batch) -> Batch:
     return first
 
 
-def _template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batch:
+def template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batch:
     """A batch of the right shapes for running the model freely, with conditions that the program takes."""
     if like is None:
         blank = getattr(pair.program, "blank", None)
@@ -366,7 +368,7 @@ def _template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batc
 
 
 @contextmanager
-def _judging(program: Program | Pair, seed: int) -> Iterator[Pair]:
+def judging(program: Program | Pair, seed: int) -> Iterator[Pair]:
     """A pair in evaluation mode, under one seeded stream; its mode is put back afterwards."""
     pair = as_pair(program)
     with evaluating(pair), seeded(seed, pair.device):

@@ -17,7 +17,7 @@ from ppl_vae.pairs import Batch, Pair, evaluating
 from ppl_vae.rng import seeded
 from ppl_vae.sites import Site, base, masked, plate_shape, statements
 
-__all__ = ["Layout", "check_finite", "check_rows", "check_supports", "check_values", "inspect"]
+__all__ = ["Layout", "check_finite", "check_rows", "check_supports", "check_values", "inspect", "position"]
 
 WORDS = {  # for supports whose own names say little
     constraints.nonnegative_integer: "whole numbers 0, 1, 2, ... in floating point (bytes are pixels, x / 255)",
@@ -164,15 +164,15 @@ def _observation(site: Site, batch: Batch) -> tuple[int | None, str, Any]:
     fn = base(fn)
     family, support = type(fn).__name__, fn.support
     check_values(site["name"], value, family, support)
-    position = _position(value, batch, elementwise=fn.support.event_dim == 0)
     # A support that depends on parameters speaks of this batch alone.
     declared = getattr(type(fn), "support", None)
     static = isinstance(declared, constraints.Constraint) and not isinstance(declared, property)
-    return position, family, support if static else None
+    return position(site, batch), family, support if static else None
 
 
-def _position(value: Tensor, batch: Batch, elementwise: bool) -> int | None:
-    """Which tensor of the batch a value is: itself or, under a support of single entries, reshaped."""
+def position(site: Site, batch: Batch) -> int | None:
+    """Which tensor of the batch a site observes: itself or, under a support of single entries, reshaped."""
+    value, elementwise = site["value"], base(site["fn"]).support.event_dim == 0
     same = [i for i, t in enumerate(batch) if t is value]
     if elementwise and not same and (entries := _entries(value)) is not None:
         same = [i for i, t in enumerate(batch) if _entries(t) == entries]

@@ -1,0 +1,350 @@
+"""Annealed importance sampling: log p(x) from below on any data, and from above on data of the model's own.
+
+Particles move from f_0 (the prior, or the guide) to the posterior through f_β(z) ∝ f_0(z)^(1-β) p(x, z)^β, and
+collect log weights Σ_t (β_t - β_{t-1}) log [p(x, z) / f_0(z)]. The weight is an unbiased estimate of p(x), so its
+log is a lower bound on average (Neal 2001). Run backwards from a draw of the posterior it estimates 1 / p(x), and
+gives an upper bound (Grosse, Ghahramani & Adams 2015; Wu, Burda, Salakhutdinov & Grosse 2017). Such a draw is at
+hand where the model made the datum: z, from which x was drawn.
+
+The moves are Hamiltonian. Their step sizes are tuned in a pilot run, for each datum along the path, and are then
+frozen: moves tuned by the run that they serve would leave nothing invariant, and the weights would prove nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from random import Random
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ppl_vae.capture import Compile, Engine
+from ppl_vae.conditionals import at_least_one
+from ppl_vae.estimates import Estimate, Sandwich
+from ppl_vae.evaluate import judging, presented, template
+from ppl_vae.layout import position
+from ppl_vae.pairs import Batch, Pair, Program
+from ppl_vae.paths import Path, Start
+from ppl_vae.predictive import predict
+from ppl_vae.rng import seeded
+from ppl_vae.sites import statements
+from ppl_vae.streaming import weight_stderr
+from ppl_vae.traces import run_model
+
+__all__ = ["Annealing", "annealed", "sandwich", "schedule"]
+
+Schedule = Literal["linear", "sigmoid", "adaptive"]
+RADIUS = 4.0  # of the sigmoid schedule, as Wu et al. have it
+RATE = 1.0  # how fast a pilot's log step sizes follow the acceptance
+PILOTS = 4  # chains of a pilot
+SETTLING = 20  # moves of a pilot before it leaves β = 0
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """How to anneal.
+
+    Args:
+        chains: particles per datum.
+        distributions: T, steps of β; each but the last is followed by a move.
+        leapfrog: steps of one move.
+        start: f_0: "prior", or "guide", which is nearer and may be too narrow.
+        schedule: of β: "sigmoid" (Wu et al. 2017), "linear", or "adaptive", which spaces β such that each step
+            adds about the same spread of log weights, as found by the pilot.
+        step_size: of the pilot's first move.
+        acceptance: what step sizes are tuned to.
+        chunk: chains of a batch held at once.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    chains: int = 16
+    distributions: int = 1000
+    leapfrog: int = 10
+    start: Start = "prior"
+    schedule: Schedule = "sigmoid"
+    step_size: float = 0.1
+    acceptance: float = 0.65
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        at_least_one(chains=self.chains, leapfrog=self.leapfrog, chunk=self.chunk)
+        if self.distributions < 2:
+            raise ValueError(
+                f"distributions must be at least 2, got {self.distributions}; one is importance sampling: use "
+                "`log_likelihood`"
+            )
+        for name, choices in (("start", ("prior", "guide")), ("schedule", ("linear", "sigmoid", "adaptive"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not 0 < self.step_size < math.inf:
+            raise ValueError(f"step_size must be positive and finite, got {self.step_size}")
+        if not 0 < self.acceptance < 1:
+            raise ValueError(f"acceptance must lie between 0 and 1, got {self.acceptance}")
+
+
+def schedule(kind: Literal["linear", "sigmoid"], steps: int) -> Tensor:
+    """β_0 = 0 to β_T = 1, float64 (T + 1,): evenly, or closer together at both ends, as a sigmoid is flat there.
+
+    >>> schedule("linear", 4).tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if kind == "linear":
+        return even
+    curve = torch.sigmoid(RADIUS * (2 * even - 1))
+    return ((curve - curve[0]) / (curve[-1] - curve[0])).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a run goes by, frozen before it begins: β (T + 1,), and step sizes (T + 1, B, 1)."""
+
+    betas: Tensor
+    steps: Tensor
+
+
+@torch.no_grad()
+def _pilot(path: Path, settings: Annealing, batch: Batch) -> _Plan:
+    """Walk the path with a few chains, and find step sizes for each datum; also β, if the schedule is adaptive."""
+    knots = schedule("sigmoid", max(100, settings.distributions // 3))
+    here = path.at(path.draw(batch, min(settings.chains, PILOTS)), batch)
+    log_step = here.first.new_full((here.first.shape[1],), math.log(settings.step_size))
+    found, spreads = [], []
+    for number, knot in enumerate(knots):
+        beta = here.first.new_tensor(float(knot))
+        for _ in range(1 if number else SETTLING):
+            here, probability = path.move(here, beta, log_step.exp().unsqueeze(-1), settings.leapfrog, batch)
+            log_step = log_step + RATE * (probability.mean(0) - settings.acceptance)
+        found.append(log_step)
+        spreads.append(
+            here.ratio.std(0).square().mean().sqrt() if len(here.ratio) > 1 else here.ratio.new_ones(())
+        )
+    betas = schedule("linear" if settings.schedule == "linear" else "sigmoid", settings.distributions)
+    if settings.schedule == "adaptive":
+        betas = _spaced(knots, torch.stack(spreads).double().cpu(), settings.distributions)
+    # Between knots, which are close together where β changes much for its size, by their numbers and not by β.
+    numbers = _between(knots, torch.arange(len(knots)).double(), betas)
+    found_at = torch.arange(len(knots)).double()
+    return _Plan(betas, _between(found_at, torch.stack(found), numbers).exp().unsqueeze(-1))
+
+
+def _spaced(knots: Tensor, spreads: Tensor, steps: int) -> Tensor:
+    """β such that the integral of the spread grows evenly."""
+    length = torch.cat([knots.new_zeros(1), torch.cumulative_trapezoid(spreads, knots)])
+    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    return _between(length / length[-1], knots, even).clamp(0, 1)
+
+
+def _between(known: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """Values given at known points (n,), increasing, (n, ...), as they are between them, at wanted points."""
+    above = torch.searchsorted(known, wanted.contiguous(), right=True).clamp(1, len(known) - 1)
+    low, high = known[above - 1], known[above]
+    share = ((wanted - low) / (high - low).clamp(min=1e-300)).clamp(0, 1).to(values)
+    share = share.reshape(-1, *[1] * (values.dim() - 1))
+    above = above.to(values.device)
+    return values[above - 1] + share * (values[above] - values[above - 1])
+
+
+@torch.no_grad()
+def _walk(
+    path: Path, state: Tensor, betas: Sequence[float], steps: Tensor, leapfrog: int, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Log weights, float64 (K, B), and the mean acceptance (B,) of particles taken through β."""
+    here = path.at(state, batch)
+    weight = here.ratio.new_zeros(here.ratio.shape, dtype=torch.float64)
+    accepted = here.ratio.new_zeros(here.ratio.shape[1])
+    for number, (now, then) in enumerate(pairwise(betas), 1):
+        weight += (then - now) * here.ratio.double()
+        if number < len(betas) - 1:  # a move at the end would change nothing
+            beta = here.ratio.new_tensor(then)
+            here, probability = path.move(here, beta, steps[number], leapfrog, batch)
+            accepted += probability.mean(0)
+    return weight, accepted / max(1, len(betas) - 2)
+
+
+class _Weights:
+    """Log weights of all batches, and what became of the moves."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+        self.accepted: list[Tensor] = []
+
+    def add(self, path: Path, plan: _Plan, settings: Annealing, batch: Batch, exact: Tensor | None = None) -> None:
+        """Anneal a batch: forwards from f_0, or backwards from draws of the posterior, (1, B, D)."""
+        betas, steps = plan.betas.tolist(), plan.steps
+        if exact is not None:
+            betas, steps = betas[::-1], steps.flip(0)
+        weights, accepted = [], []
+        for first in range(0, settings.chains, settings.chunk):
+            chains = min(settings.chunk, settings.chains - first)
+            state = path.draw(batch, chains) if exact is None else exact.expand(chains, -1, -1)
+            weight, rate = _walk(path, state, betas, steps, settings.leapfrog, batch)
+            weights.append(weight)
+            accepted.append(rate * chains / settings.chains)
+        self.weights.append(torch.cat(weights).T.cpu())
+        self.accepted.append(torch.stack(accepted).sum(0).double().cpu())
+
+    def estimate(self, upper: bool, settings: Annealing, engine: Engine) -> Estimate:
+        """Log of the mean weight; with ``upper`` minus that, since weights estimate 1 / p(x) then."""
+        weights = torch.cat(self.weights)
+        total = weights.logsumexp(1)
+        ess = (2 * total - (2 * weights).logsumexp(1)).exp()
+        value = total - math.log(settings.chains)
+        found = {"ess": ess, "acceptance": torch.cat(self.accepted), "log_weights": weights}
+        name = f"{'reverse ' if upper else ''}AIS, {settings.chains} x {settings.distributions}"
+        result = Estimate(
+            -value if upper else value,
+            weight_stderr(ess, settings.chains),
+            "upper" if upper else "lower",
+            found,
+            name,
+            engine.describe(),
+        )
+        if bool((wrong := value.isnan()).any()):
+            raise AnnealingError(
+                f"data: all weights of row {int(wrong.nonzero()[0])} are NaN; look for parameters that are NaN, "
+                "and for scales that overflow or vanish there; the other rows are in this error's `estimate`",
+                result,
+            )
+        return result
+
+
+class AnnealingError(ValueError):
+    """Some data could not be annealed.
+
+    Attributes:
+        estimate: of all data; those that failed are NaN.
+    """
+
+    def __init__(self, message: str, estimate: Estimate) -> None:
+        super().__init__(message)
+        self.estimate = estimate
+
+
+def annealed(
+    program: Program | Pair,
+    data: Any,
+    settings: Annealing = Annealing(),
+    *,
+    batch_size: int = 100,
+    seed: int = 0,
+    compile: Compile = "auto",
+) -> Estimate:
+    """Annealed importance sampling: a lower bound on log p(x) that gets tight with more distributions (Neal 2001).
+
+    Args:
+        program: the pair; its guide has a part in it with ``start="guide"`` alone.
+        data: data in any form that ``fit`` takes.
+        settings: how to anneal.
+        batch_size: data moved at once.
+        seed: fixes all draws, and redrawn pixels: those that `log_likelihood` judges.
+        compile: as in `ppl_vae.fit`.
+
+    Returns:
+        Lower bound per datum. Its standard error is the delta method's, as for `log_likelihood`. Diagnostics:
+        ``ess``, ``acceptance`` of the moves, and ``log_weights`` (N, chains).
+
+    Raises:
+        ValueError: data that do not suit the pair; a latent that is discrete, or whose support depends on others;
+            nothing latent; weights that are NaN, an `AnnealingError`, which has the estimates of the other data.
+    """
+    engine, weights = Engine(compile), _Weights()
+    with judging(program, seed) as pair:
+        path: Path | None = None
+        for _, batch in presented(pair, data, batch_size, seed):
+            path = path or _path(pair, batch, settings, engine)
+            weights.add(path, _pilot(path, settings, batch), settings, batch)
+    return weights.estimate(False, settings, engine)
+
+
+def _path(pair: Pair, batch: Batch, settings: Annealing, engine: Engine) -> Path:
+    return Path(pair, batch, settings.start, engine, uses=settings.distributions * settings.leapfrog)
+
+
+def sandwich(
+    program: Program | Pair,
+    size: int,
+    *context: Tensor,
+    settings: Annealing = Annealing(),
+    wanted: float | None = None,
+    most: int = 100_000,
+    like: Batch | None = None,
+    batch_size: int = 100,
+    seed: int = 0,
+    compile: Compile = "auto",
+) -> Sandwich:
+    """Bounds on log p(x) from below and from above, on data drawn from the model (bidirectional Monte Carlo).
+
+    The upper bound needs a draw of the posterior, which only simulated data have: the z that made them. So it
+    speaks of the model's own data. If the gap is small there, annealing with these settings can be trusted where
+    posteriors are no harder; on real data that differ from the model's they may be (Wu et al. 2017, section 4).
+
+    Args:
+        program: the pair.
+        size: how many data to simulate.
+        *context: conditions c, one row for each.
+        settings: how to anneal.
+        wanted: the mean gap, in nats, to get below, two standard errors included: distributions are doubled
+            until it is.
+        most: no more distributions than this.
+        like: for a program without ``blank``: a batch of ``size`` rows of the right shapes.
+        batch_size: data moved at once.
+        seed: fixes data and draws.
+        compile: as in `ppl_vae.fit`.
+
+    Returns:
+        Both estimates, of the same data, and the settings of the last run.
+
+    Raises:
+        ValueError: as for `annealed`; an observed site that is no tensor of the batch; ``wanted`` not positive.
+    """
+    at_least_one(size=size)
+    if wanted is not None and not wanted > 0:
+        raise ValueError(f"wanted must be positive, in nats, got {wanted}")
+    with judging(program, seed) as pair:
+        batch, latents = _simulated(pair, template(pair, size, context, like))
+        while True:
+            found = _sandwich(pair, batch, latents, settings, batch_size, seed, Engine(compile))
+            more = 2 * settings.distributions
+            if wanted is None or found.gap.mean + 2 * found.gap.stderr < wanted or more > most:
+                return found
+            settings = replace(settings, distributions=more)
+
+
+def _sandwich(
+    pair: Pair, batch: Batch, latents: dict[str, Tensor], settings: Annealing, size: int, seed: int, engine: Engine
+) -> Sandwich:
+    """Anneal simulated data both ways, by the same step sizes."""
+    path = _path(pair, batch, settings, engine)
+    exact, up, down = path.coordinates.pack(latents), _Weights(), _Weights()
+    # Another stream than the data's: chains that began with the draws behind the data would begin at their end.
+    with seeded(Random(f"{seed} annealing").getrandbits(63), batch[0].device):
+        for rows in torch.split(torch.arange(len(batch[0]), device=batch[0].device), size):
+            part = tuple(column[rows] for column in batch)
+            plan = _pilot(path, settings, part)
+            up.add(path, plan, settings, part)
+            down.add(path, plan, settings, part, exact[:, rows])
+    return Sandwich(up.estimate(False, settings, engine), down.estimate(True, settings, engine), settings)
+
+
+def _simulated(pair: Pair, like: Batch) -> tuple[Batch, dict[str, Tensor]]:
+    """A batch with the model's own draws for what it observes, and the latents behind them, (1, B, ...)."""
+    latents, drawn, _ = predict(pair, *like, latents="prior")
+    with torch.no_grad():
+        sites = statements(run_model(pair, like, 1))
+    batch = list(like)
+    for site, value in drawn.items():
+        place = position(sites[site], like)
+        if place is None:
+            raise ValueError(
+                f"site {site!r}: what the model observes is no tensor of the batch, so that simulated data cannot "
+                "take its place"
+            )
+        batch[place] = value[0].reshape(batch[place].shape)
+    return tuple(batch), latents

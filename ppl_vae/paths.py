@@ -1,0 +1,223 @@
+"""Paths from a distribution that is easy to draw from to p(x, z), and Hamiltonian moves along them.
+
+f_β(z) = f_0(z)^(1-β) p(x, z)^β, where f_0 is the prior p(z) or the guide q(z | x). All latents of a datum are one
+vector of real numbers, whatever their sites, plates and supports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import Transform
+
+from ppl_vae.capture import Captured, Engine
+from ppl_vae.pairs import Batch, Pair
+from ppl_vae.sites import Site, base, statements
+from ppl_vae.traces import by_datum, joint_terms, log_posterior, run_guide, run_model
+
+__all__ = ["Coordinates", "Path", "Point", "Start"]
+
+Start = Literal["prior", "guide"]
+JITTER = 0.2  # share of a step size that is drawn anew for each move
+
+
+class _Part(NamedTuple):
+    """One latent site in a vector: the shape of its real numbers for a datum, and what makes its value of them."""
+
+    shape: tuple[int, ...]
+    transform: Transform
+
+
+class Coordinates:
+    """Latents of all sites as one vector of real numbers for each particle and datum.
+
+    Args:
+        sites: the latent sites of a run of the model.
+
+    Raises:
+        ValueError: nothing is latent; a latent is discrete, or its support depends on other latents.
+    """
+
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        if not sites:
+            raise ValueError("program: nothing is latent, so there is nothing to anneal; see `log_likelihood`")
+        self.parts: dict[str, _Part] = {}
+        for name, site in sites.items():
+            transform = _onto_support(name, site["fn"])
+            free = transform.inv(by_datum(site, site["value"]))
+            self.parts[name] = _Part(tuple(free.shape[2:]), transform)
+
+    def pack(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Latents, each (K, B, *plates, *event), as vectors (K, B, D)."""
+        free = (part.transform.inv(latents[name]) for name, part in self.parts.items())
+        return torch.cat([z.reshape(*z.shape[:2], -1) for z in free], -1)
+
+    def unpack(self, state: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Vectors (K, B, D) as latents, and the log-volume |det ∂z / ∂state|, (K, B)."""
+        volume, latents = state.new_zeros(state.shape[:2]), {}
+        pieces = torch.split(state, [math.prod(p.shape) for p in self.parts.values()], -1)
+        for (name, part), piece in zip(self.parts.items(), pieces, strict=True):
+            free = piece.reshape(*state.shape[:2], *part.shape)
+            latents[name] = part.transform(free)
+            change: Tensor = part.transform.log_abs_det_jacobian(free, latents[name])  # type: ignore[no-untyped-call]
+            volume = volume + change.flatten(2).sum(-1) if change.dim() > 2 else volume + change
+        return latents, volume
+
+
+def _onto_support(name: str, fn: TorchDistribution) -> Transform:
+    """The map from real numbers onto a site's support.
+
+    Raises:
+        ValueError: the support is discrete, or another one for other parameters.
+    """
+    support = fn.support
+    if support.is_discrete:
+        raise ValueError(
+            f"site {name!r}: {type(base(fn)).__name__} is discrete, and has no gradient to anneal along; sum it "
+            "out in the model, or judge by `log_likelihood`"
+        )
+    narrow = support
+    while isinstance(narrow, constraints.independent):
+        narrow = narrow.base_constraint
+    if any(torch.is_tensor(bound) for bound in vars(narrow).values()):
+        raise ValueError(
+            f"site {name!r}: the support of {type(base(fn)).__name__} depends on its parameters; declare a latent "
+            "of fixed support, and transform its value"
+        )
+    transform: Transform = biject_to(support)
+    return transform
+
+
+class Point(NamedTuple):
+    """Where particles are on a path, and what is known there.
+
+    Attributes:
+        state: (K, B, D).
+        first: log f_0, (K, B).
+        ratio: log p(x, z) - log f_0, (K, B).
+        first_slope: gradient of ``first``, (K, B, D).
+        ratio_slope: gradient of ``ratio``, (K, B, D).
+    """
+
+    state: Tensor
+    first: Tensor
+    ratio: Tensor
+    first_slope: Tensor
+    ratio_slope: Tensor
+
+
+class Path:
+    """f_β for a pair, with Hamiltonian moves that leave it as it is.
+
+    Args:
+        pair: the pair, in evaluation mode.
+        batch: a batch, to find the latents with.
+        start: f_0: the "prior" p(z), or the "guide" q(z | x).
+        engine: how to run.
+        uses: how many moves are expected.
+
+    Raises:
+        ValueError: what `Coordinates` refuses; a guide whose latents are not the model's alone.
+    """
+
+    def __init__(self, pair: Pair, batch: Batch, start: Start, engine: Engine, uses: float = math.inf) -> None:
+        self.pair, self.start = pair, start
+        self.coordinates = Coordinates(self._drawn(batch, 1, "prior"))
+        if start == "guide" and (extra := set(self._drawn(batch, 1, "guide")) - set(self.coordinates.parts)):
+            raise ValueError(f"start='guide': it also draws {min(extra)!r}, which the model does not; use 'prior'")
+        self.looked = Captured(engine, [pair], self._look, lambda *_: uses, noted=False)
+        self.leapt = Captured(engine, [pair], self._leap, lambda *_: uses)
+
+    @torch.no_grad()
+    def draw(self, batch: Batch, particles: int) -> Tensor:
+        """Draws of f_0, (K, B, D)."""
+        sites = self._drawn(batch, particles, self.start)
+        return self.coordinates.pack({name: by_datum(s, s["value"]) for name, s in sites.items()})
+
+    def _drawn(self, batch: Batch, particles: int, start: Start) -> dict[str, Site]:
+        """The latent sites of one run of the model, or of the guide."""
+        with torch.no_grad():
+            run = run_guide if start == "guide" else run_model
+            sites = statements(run(self.pair, batch, particles))
+        return {name: site for name, site in sites.items() if not site["is_observed"]}
+
+    def at(self, state: Tensor, batch: Batch) -> Point:
+        """What is known at a state."""
+        return Point(state, *self.looked(state, *batch))
+
+    def _look(self, state: Tensor, *batch: Tensor) -> Sequence[Tensor]:
+        """Log f_0, the log ratio, and their slopes."""
+        with torch.enable_grad():
+            state = state.detach().requires_grad_()
+            latents, volume = self.coordinates.unpack(state)
+            prior, likelihood = joint_terms(self.pair, latents, *batch)
+            if self.start == "prior":
+                first, ratio = prior + volume, likelihood
+            else:
+                first = log_posterior(self.pair, latents, *batch)
+                first, ratio = first + volume, prior + likelihood - first
+            slopes = [
+                torch.autograd.grad(value.sum(), state, retain_graph=True, materialize_grads=True)[0]
+                for value in (first, ratio)
+            ]
+        return first.detach(), ratio.detach(), *slopes
+
+    def _leap(
+        self,
+        state: Tensor,
+        momentum: Tensor,
+        first_slope: Tensor,
+        ratio_slope: Tensor,
+        beta: Tensor,
+        step: Tensor,
+        *batch: Tensor,
+    ) -> Sequence[Tensor]:
+        """One leapfrog step (Neal 2011, section 2.3)."""
+        half = momentum + 0.5 * step * (first_slope + beta * ratio_slope)
+        state = state + step * half
+        first, ratio, first_slope, ratio_slope = self._look(state, *batch)
+        momentum = half + 0.5 * step * (first_slope + beta * ratio_slope)
+        return state, momentum, first, ratio, first_slope, ratio_slope
+
+    def move(self, here: Point, beta: Tensor, step: Tensor, leapfrog: int, batch: Batch) -> tuple[Point, Tensor]:
+        """One Hamiltonian move that leaves f_β as it is: leapfrog steps, accepted or not (Neal 2011, eq. 3.6).
+
+        Args:
+            here: where the particles are.
+            beta: β, without dimensions.
+            step: step sizes (B, 1).
+            leapfrog: how many steps.
+            batch: the batch.
+
+        Returns:
+            Where they are then, and the probability with which each was accepted, (K, B).
+        """
+        momentum = torch.randn_like(here.state)
+        # Lengths vary at random, lest a trajectory comes back to where it began (Neal 2011, section 3.2).
+        step = step * (1 + JITTER * (2 * torch.rand_like(here.first).unsqueeze(-1) - 1))
+        there, after = here, momentum
+        for _ in range(leapfrog):
+            state, after, *rest = self.leapt(
+                there.state, after, there.first_slope, there.ratio_slope, beta, step, *batch
+            )
+            there = Point(state, *rest)
+        gain = _energy(there, after, beta) - _energy(here, momentum, beta)
+        # A trajectory that left all bounds has NaN for an energy, and ends where it began.
+        probability = gain.nan_to_num(nan=-math.inf).clamp(max=0).exp()
+        accepted = torch.rand_like(probability) < probability
+        return Point(*(_chosen(accepted, new, old) for new, old in zip(there, here, strict=True))), probability
+
+
+def _energy(at: Point, momentum: Tensor, beta: Tensor) -> Tensor:
+    """Log f_β and the log-density of the momentum, up to a constant, (K, B)."""
+    return at.first + beta * at.ratio - 0.5 * momentum.square().sum(-1)
+
+
+def _chosen(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(accepted.unsqueeze(-1) if new.dim() > accepted.dim() else accepted, new, old)

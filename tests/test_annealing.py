@@ -1,0 +1,407 @@
+"""Annealing: paths, moves that leave them as they are, unbiased weights, and bounds that enclose exact values."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact import LinearGaussian
+from programs import Discrete, Nested, TwoLevel
+from small import cvae, pixels
+from torch import nn
+from torch.distributions import MultivariateNormal
+
+import ppl_vae as pv
+from ppl_vae.annealing import Annealing, AnnealingError, _pilot, _Weights, annealed, sandwich, schedule
+from ppl_vae.capture import Engine
+from ppl_vae.layout import inspect
+from ppl_vae.pairs import Pair, as_pair
+from ppl_vae.paths import Path
+from ppl_vae.rng import seeded
+from ppl_vae.traces import joint_terms, log_posterior
+
+FEW = Annealing(chains=16, distributions=60, leapfrog=4)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with seeded(0):
+        yield
+
+
+def few(**changes):
+    return Annealing(**({"chains": 16, "distributions": 60, "leapfrog": 4} | changes))
+
+
+def path_of(program, *batch, start="prior"):
+    pair = as_pair(program).eval()
+    inspect(pair, batch)
+    return Path(pair, batch, start, Engine("off"))
+
+
+class Constrained(nn.Module):
+    """Latents of every kind of continuous support, some in a plate of their own."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.5))
+            share = pyro.sample("share", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+            with pyro.plate("entries", 2, dim=-2):
+                odds = pyro.sample("odds", dist.Beta(2.0, 3.0))
+                pyro.sample("x", dist.Normal(rate * share[..., 0] + odds, 0.5), obs=x.T)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("rate", dist.Gamma(3.0, 2.0))
+            pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+            with pyro.plate("entries", 2, dim=-2):
+                pyro.sample("odds", dist.Beta(1.0, 1.0))
+
+
+# ---- coordinates
+def test_latents_of_all_supports_are_real_vectors_and_back():
+    x = torch.randn(5, 2)
+    path = path_of(Constrained(), x)
+    state = torch.randn(3, 5, 1 + 2 + 2)
+    latents, volume = path.coordinates.unpack(state)
+    shapes = {n: tuple(z.shape) for n, z in latents.items()}
+    assert shapes == {"rate": (3, 5), "share": (3, 5, 3), "odds": (3, 5, 2)}
+    assert (latents["rate"] > 0).all()
+    torch.testing.assert_close(latents["share"].sum(-1), torch.ones(3, 5))
+    torch.testing.assert_close(path.coordinates.pack(latents), state, rtol=1e-4, atol=1e-5)
+
+    def free(vector):  # the simplex by its first two entries
+        z = path.coordinates.unpack(vector.reshape(1, 1, -1))[0]
+        return torch.cat([z["rate"].reshape(1), z["share"][0, 0, :2], z["odds"][0, 0]])
+
+    jacobian = torch.autograd.functional.jacobian(free, state[1, 2])
+    torch.testing.assert_close(volume[1, 2], jacobian.det().abs().log(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["prior", "guide"])
+@pytest.mark.parametrize("program", [Constrained, TwoLevel, Nested])
+def test_densities_and_slopes_on_the_path(program, start):
+    program = program()
+    x = torch.randn(5, 2 if isinstance(program, Constrained) else 4)
+    path = path_of(program, x, start=start)
+    state = path.draw((x,), 3)
+    here = path.at(state, (x,))
+    latents, volume = path.coordinates.unpack(state)
+    prior, likelihood = joint_terms(path.pair, latents, x)
+    first = prior if start == "prior" else log_posterior(path.pair, latents, x)
+    torch.testing.assert_close(here.first, first.detach() + volume)
+    torch.testing.assert_close(here.ratio, (prior + likelihood - first).detach(), rtol=1e-4, atol=1e-4)
+    direction, h = torch.randn_like(state), 1e-2
+    up, down = (path.at(state + s * h * direction, (x,)) for s in (1, -1))
+    for value, slope in (("first", "first_slope"), ("ratio", "ratio_slope")):
+        numeric = (getattr(up, value) - getattr(down, value)) / (2 * h)
+        exact = (getattr(here, slope) * direction).sum(-1)
+        torch.testing.assert_close(numeric, exact, rtol=0.02, atol=0.05)
+
+
+# ---- moves
+def test_a_trajectory_runs_backwards_and_keeps_its_energy():
+    program = LinearGaussian.random(0)
+    x = program.draw(4, seed=0)
+    path = path_of(program, x)
+    here, beta, step = path.at(path.draw((x,), 3), (x,)), torch.tensor(0.7).double(), torch.full((4, 1), 0.002)
+    momentum = torch.randn_like(here.state)
+
+    def leap(point, p):
+        state, p, *rest = path.leapt(point.state, p, point.first_slope, point.ratio_slope, beta, step.double(), x)
+        return type(point)(state, *rest), p
+
+    there, after = here, momentum
+    for _ in range(10):
+        there, after = leap(there, after)
+    energies = [p.first + beta * p.ratio - 0.5 * m.square().sum(-1) for p, m in ((here, momentum), (there, after))]
+    assert (energies[0] - energies[1]).abs().max() < 1e-2
+    assert (there.state - here.state).abs().max() > 0.01
+    back, p = there, -after
+    for _ in range(10):
+        back, p = leap(back, p)
+    torch.testing.assert_close(back.state, here.state)
+    torch.testing.assert_close(-p, momentum)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_moves_leave_the_path_as_it_is(beta):
+    """From exact draws of f_β, normal here, to draws of its mean and covariance, at a step often refused."""
+    program, count = LinearGaussian.random(0, latent=2, width=3), 40_000
+    x = program.draw(1, seed=0)
+    path = path_of(program, x)
+    weight = program.weight.detach()
+    precision = torch.eye(2).double() + beta * weight.T @ weight / program.variance
+    covariance = torch.linalg.inv(precision)
+    mean = beta * (x - program.mean.detach()) @ weight @ covariance / program.variance
+    law = MultivariateNormal(mean, covariance)
+    here = path.at(law.sample((count,)), (x,))
+    step = torch.full((1, 1), 0.9 * float(covariance.diagonal().min().sqrt())).double()
+    there, probability = path.move(here, torch.tensor(beta).double(), step, 3, (x,))
+    assert 0.3 < probability.mean() < 0.99
+    z = (there.state[:, 0] - mean) @ torch.linalg.inv(torch.linalg.cholesky(covariance)).T  # standard normal
+    assert (z.mean(0).abs() < 5 / count**0.5).all()
+    assert ((z.T @ z / count - torch.eye(2).double()).abs() < 5 * (2 / count) ** 0.5).all()
+    moved = (there.state != here.state).any(-1).double().mean()
+    assert moved == pytest.approx(float(probability.mean()), abs=0.02)
+
+
+# ---- weights
+def posterior_draws(program, x, count):
+    loc, covariance = program.requires_grad_(False).posterior(x)
+    return MultivariateNormal(loc, covariance).sample((count,))
+
+
+@pytest.mark.parametrize("start", ["prior", "guide"])
+def test_weights_are_unbiased(start):
+    """E[w] = p(x), by so few distributions that single log weights are nats away."""
+    program = LinearGaussian.random(1, latent=2, width=3, widen=2.0)
+    x = program.draw(4, seed=0)
+    exact = program.log_evidence(x).detach()
+    settings = Annealing(chains=40_000, distributions=4, leapfrog=2, start=start, chunk=20_000)
+    found = annealed(program, x, settings, compile="off")
+    weights = (found.diagnostics["log_weights"] - exact[:, None]).exp()
+    error = weights.std(1) / 200
+    assert ((weights.mean(1) - 1).abs() < 4 * error).all()
+    assert (error < 0.1).all()
+    assert (found.diagnostics["log_weights"].mean(1) < exact - 0.05).all()
+
+
+def test_reverse_weights_are_unbiased():
+    """E[w] = 1 / p(x) from exact draws of the posterior, many of one datum as data of their own."""
+    program = LinearGaussian.random(1, latent=2, width=3)
+    x = program.draw(1, seed=0).expand(3000, -1)
+    path, settings = path_of(program, x), Annealing(chains=1, distributions=5, leapfrog=2)
+    weights = _Weights()
+    exact = path.coordinates.pack({"z": posterior_draws(program, x, 1)})
+    weights.add(path, _pilot(path, settings, (x,)), settings, (x,), exact)
+    shares = (weights.weights[0][:, 0] + program.log_evidence(x).detach()).exp()
+    assert abs(shares.mean() - 1) < 4 * shares.std() / 3000**0.5
+    assert shares.std() / 3000**0.5 < 0.1
+
+
+@pytest.mark.parametrize("distributions", [2, 7])
+@pytest.mark.parametrize("kind", ["sigmoid", "adaptive"])
+def test_from_the_exact_posterior_every_weight_is_p(distributions, kind):
+    program = LinearGaussian.random(0, guide="exact")
+    x = program.draw(5, seed=0)
+    settings = few(distributions=distributions, start="guide", schedule=kind)
+    found = annealed(program, x, settings, compile="off")
+    exact = program.log_evidence(x).detach()
+    torch.testing.assert_close(found.diagnostics["log_weights"], exact[:, None].expand(-1, 16), rtol=0, atol=1e-9)
+    assert found.monte_carlo_stderr < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("latent", "width", "kind", "start", "distributions"),
+    [
+        (3, 6, "sigmoid", "prior", 120),
+        (3, 6, "adaptive", "prior", 120),
+        (3, 6, "linear", "guide", 40),
+        pytest.param(8, 40, "sigmoid", "prior", 2000, marks=pytest.mark.slow),
+        pytest.param(50, 784, "adaptive", "prior", 4000, marks=pytest.mark.slow),
+    ],
+)
+def test_the_sandwich_encloses_the_exact_value(latent, width, kind, start, distributions):
+    program = LinearGaussian.random(2, latent=latent, width=width)
+    program.blank = lambda size: (torch.zeros(size, width, dtype=torch.float64),)
+    settings = few(distributions=distributions, start=start, schedule=kind)
+    found = sandwich(program, 30, settings=settings, compile="off")
+    with seeded(0):  # the same data, from the same stream
+        x = pv.sample(program, 30, seed=0)
+    exact = program.log_evidence(x).detach()
+    low, high = exact - found.lower.value, found.upper.value - exact
+    for distance in (low, high):
+        error = distance.std() / 30**0.5
+        assert distance.mean() > -3 * error
+        assert distance.mean() < 0.3 + 3 * error
+    assert found.gap.mean == pytest.approx(float((low + high).mean()))
+    assert found.gap.stderr == pytest.approx(float((low + high).std() / 30**0.5))
+    assert (found.lower.direction, found.upper.direction) == ("lower", "upper")
+
+
+def test_more_distributions_are_tighter_until_the_gap_is_as_wanted():
+    program = LinearGaussian.random(2, latent=4, width=10)
+    program.blank = lambda size: (torch.zeros(size, 10, dtype=torch.float64),)
+    start = few(distributions=4)
+    rough = sandwich(program, 60, settings=start, compile="off")
+    found = sandwich(program, 60, settings=start, wanted=1.2, compile="off")
+    assert rough.gap.mean > 1.5
+    assert found.gap.mean + 2 * found.gap.stderr < 1.2
+    assert found.settings.distributions > 4
+    assert math.log2(found.settings.distributions / 4) % 1 == 0
+    stopped = sandwich(program, 20, settings=start, wanted=1e-9, most=10, compile="off")
+    assert stopped.settings.distributions == 8
+
+
+def two_levels():
+    """h -> z -> x, all linear and normal, with log p(x)."""
+    with seeded(3):
+        return TwoLevel().double()
+
+
+@pytest.mark.parametrize("start", ["prior", "guide"])
+def test_two_levels_and_conditions_agree_with_importance_sampling(start):
+    """Where L_K of very many particles is as good as exact."""
+    x = pixels(12)
+    labels = (x[:, :2] > 0.5).sum(1)
+    for program, data in ((cvae(), (x, labels)), (two_levels(), torch.randn(12, 4).double())):
+        found = annealed(program, data, few(distributions=80, start=start), compile="off")
+        close = pv.log_likelihood(program, data, 40_000, chunk=4000)
+        distance = found.value - close.value
+        error = (found.stderr.square() + close.stderr.square()).sqrt()
+        assert (distance.abs() < 5 * error + 0.05).all()
+        assert found.diagnostics["acceptance"].min() > 0.3
+
+
+def test_latents_of_constrained_support():
+    x = torch.rand(6, 2) + 0.2
+    found = annealed(Constrained(), x, few(distributions=80), compile="off")
+    close = pv.log_likelihood(Constrained(), x, 40_000, chunk=4000)
+    error = (found.stderr.square() + close.stderr.square()).sqrt()
+    assert ((found.value - close.value).abs() < 5 * error + 0.02).all()
+
+
+# ---- how it runs
+def test_captured_is_as_written():
+    """Move by move; in a long run the rounding of each move grows in the next, as in any dynamics."""
+    program = LinearGaussian.random(0)
+    x = program.draw(6, seed=0)
+    pair = as_pair(program).eval()
+    inspect(pair, (x,))
+    found = []
+    for engine in (Engine("off"), Engine("require")):
+        path = Path(pair, (x,), "guide", engine)
+        with seeded(1), torch.no_grad():
+            here = path.at(path.draw((x,), 4), (x,))
+            for beta in (0.1, 0.5, 1.0):
+                here, _ = path.move(here, torch.tensor(beta).double(), torch.full((6, 1), 0.1).double(), 3, (x,))
+        found.append(here)
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9)
+    assert engine.describe().startswith("compiled")
+
+
+def test_the_seed_decides_and_the_callers_stream_is_left_alone():
+    program = LinearGaussian.random(0)
+    x = program.draw(6, seed=0)
+    state = torch.get_rng_state()
+    first, again, other = (annealed(program, x, FEW, seed=s, compile="off") for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.value, again.value)
+    assert not torch.isclose(first.value, other.value).any()
+    assert first.diagnostics["log_weights"].shape == (6, 16)
+
+
+@pytest.mark.parametrize(("chains", "chunk"), [(5, 2), (4, 2), (1, 1), (3, 64)])
+def test_exactly_so_many_chains(chains, chunk):
+    program = LinearGaussian.random(0)
+    settings = few(chains=chains, chunk=chunk, distributions=5, leapfrog=1)
+    found = annealed(program, program.draw(3, seed=0), settings, batch_size=2, compile="off")
+    assert found.diagnostics["log_weights"].shape == (3, chains)
+    assert (found.diagnostics["acceptance"] <= 1).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "sigmoid"])
+@pytest.mark.parametrize("steps", [2, 3, 1000])
+def test_schedules(kind, steps):
+    betas = schedule(kind, steps)
+    assert (betas[0], betas[-1], len(betas)) == (0, 1, steps + 1)
+    assert (betas.diff() > 0).all()
+    torch.testing.assert_close(betas, 1 - betas.flip(0))
+    if kind == "sigmoid" and steps > 3:
+        assert betas.diff()[0] < 0.2 * betas.diff()[steps // 2]
+
+
+# ---- what is refused
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"chains": 0}, "chains must be at least 1, got 0"),
+        ({"distributions": 1}, "distributions must be at least 2, got 1; one is importance sampling"),
+        ({"leapfrog": 0}, "leapfrog must be at least 1, got 0"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"start": "middle"}, "start must be one of prior, guide, got 'middle'"),
+        ({"schedule": "cosine"}, "schedule must be one of linear, sigmoid, adaptive, got 'cosine'"),
+        ({"step_size": 0.0}, "step_size must be positive and finite, got 0.0"),
+        ({"step_size": math.nan}, "step_size must be positive and finite, got nan"),
+        ({"acceptance": 1.0}, "acceptance must lie between 0 and 1, got 1.0"),
+    ],
+)
+def test_settings_out_of_range(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Annealing(**setting)
+
+
+def uniform(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        u = pyro.sample("u", dist.Uniform(z, z + 1))
+        pyro.sample("x", dist.Normal(u[..., None], 1.0).to_event(1), obs=x)
+
+
+def observed_apart(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=2 * x)
+
+
+def same_latents(x):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def test_programs_that_cannot_be_annealed():
+    x = torch.rand(4, 1)
+    density = pv.Density(pv.Normal(pv.Constant(torch.zeros(1), learned=True), 1.0))
+    apart = Pair(observed_apart, same_latents)
+    for call, message in (
+        (lambda: annealed(Discrete(), torch.rand(3, 4), FEW), "site 'z': Bernoulli is discrete"),
+        (lambda: annealed(Pair(uniform, uniform_guide), x, FEW), "site 'u': the support of Uniform depends"),
+        (lambda: annealed(density, x, FEW), "nothing is latent"),
+        (lambda: sandwich(apart, 4, settings=FEW, like=(x,)), "site 'x': what the model observes is no tensor"),
+        (lambda: sandwich(apart, 0), "size must be at least 1, got 0"),
+        (lambda: sandwich(apart, 2, wanted=0.0), "wanted must be positive, in nats, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def uniform_guide(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("u", dist.Uniform(z, z + 1))
+
+
+class Spoiled(nn.Module):
+    """NaN where the second column is negative."""
+
+    def model(self, x, c):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal((z + c.log())[..., None], 1.0).to_event(1), obs=x)
+
+    def guide(self, x, c):
+        same_latents(x)
+
+
+def test_a_datum_that_gives_nan_is_named_and_the_others_are_kept():
+    x, c = torch.rand(5, 1), torch.tensor([1.0, 2.0, -1.0, 1.0, 1.0])
+    program = Spoiled()
+    as_pair(program).layout = None
+    with pytest.raises(AnnealingError, match="all weights of row 2 are NaN") as caught:
+        annealed(program, (x, c), FEW, compile="off")
+    value = caught.value.estimate.value
+    assert value.isnan().tolist() == [False, False, True, False, False]
+    clean = annealed(program, (x, c.abs()), FEW, compile="off").value
+    exact = dist.Normal(c.abs().log(), math.sqrt(2)).log_prob(x[:, 0]).double()
+    assert (clean - exact).abs().max() < 0.5
+    assert (value - exact)[[0, 1, 3, 4]].abs().max() < 0.5
+
+
+def test_a_step_size_that_is_far_too_great_only_refuses_moves():
+    program = LinearGaussian.random(0)
+    x = program.draw(3, seed=0)
+    found = annealed(program, x, few(step_size=1e6, distributions=5), compile="off")
+    assert found.value.isfinite().all()
