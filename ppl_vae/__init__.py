@@ -15,6 +15,7 @@
 
 from ppl_vae.adversaries import Adversary
 from ppl_vae.alternating import PIWAE, RWS, Alternating, Wake
+from ppl_vae.annealing import Annealing, annealed, sandwich
 from ppl_vae.arviz_export import to_arviz
 from ppl_vae.batches import Data, Stream
 from ppl_vae.belief import sigmoid_belief_network
@@ -38,7 +39,7 @@ from ppl_vae.densities import LogJoint
 from ppl_vae.discrete import Bits, Constant, OneHotCategorical, RelaxedBernoulli, RelaxedCategorical, Simplex
 from ppl_vae.disentangling import factor_score, mutual_information, mutual_information_gap
 from ppl_vae.enumeration import enumerated
-from ppl_vae.estimates import Average, average
+from ppl_vae.estimates import Average, Sandwich, average
 from ppl_vae.estimators import Estimator, doubly, pathwise, sticking
 from ppl_vae.evaluate import (
     ActiveUnits,
@@ -226,6 +227,8 @@ __all__ = [
     "Wake",
     # judge
     "active_units",
+    "annealed",
+    "Annealing",
     "ActiveUnits",
     "average",
     "Average",
@@ -244,6 +247,8 @@ __all__ = [
     "mutual_information_gap",
     "reconstruct",
     "sample",
+    "Sandwich",
+    "sandwich",
     "squared_mmd",
     "to_arviz",
     # keep
