@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
@@ -25,15 +26,14 @@ from torch import Tensor
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.estimates import Estimate, Sandwich
-from ppl_vae.evaluate import judging, presented, template
+from ppl_vae.evaluate import check_density, judging, presented, template
 from ppl_vae.layout import position
 from ppl_vae.pairs import Batch, Pair, Program
 from ppl_vae.paths import Path, Start
-from ppl_vae.predictive import predict
 from ppl_vae.rng import seeded
 from ppl_vae.sites import statements
 from ppl_vae.streaming import weight_stderr
-from ppl_vae.traces import run_model
+from ppl_vae.traces import by_datum, joint_terms, log_density, run_model
 
 __all__ = ["Annealing", "annealed", "sandwich", "schedule"]
 
@@ -113,7 +113,7 @@ class _Plan:
 def _pilot(path: Path, settings: Annealing, batch: Batch) -> _Plan:
     """Walk the path with a few chains, and find step sizes for each datum; also β, if the schedule is adaptive."""
     knots = schedule("sigmoid", max(100, settings.distributions // 3))
-    here = path.at(path.draw(batch, min(settings.chains, PILOTS)), batch)
+    here = path.at(path.draw(batch, min(settings.chains, settings.chunk, PILOTS)), batch)
     log_step = here.first.new_full((here.first.shape[1],), math.log(settings.step_size))
     found, spreads = [], []
     for number, knot in enumerate(knots):
@@ -122,23 +122,32 @@ def _pilot(path: Path, settings: Annealing, batch: Batch) -> _Plan:
             here, probability = path.move(here, beta, log_step.exp().unsqueeze(-1), settings.leapfrog, batch)
             log_step = log_step + RATE * (probability.mean(0) - settings.acceptance)
         found.append(log_step)
-        spreads.append(
-            here.ratio.std(0).square().mean().sqrt() if len(here.ratio) > 1 else here.ratio.new_ones(())
-        )
-    betas = schedule("linear" if settings.schedule == "linear" else "sigmoid", settings.distributions)
+        spreads.append(_spread(here.ratio))
     if settings.schedule == "adaptive":
         betas = _spaced(knots, torch.stack(spreads).double().cpu(), settings.distributions)
+    else:
+        betas = schedule(settings.schedule, settings.distributions)
     # Between knots, which are close together where β changes much for its size, by their numbers and not by β.
-    numbers = _between(knots, torch.arange(len(knots)).double(), betas)
-    found_at = torch.arange(len(knots)).double()
-    return _Plan(betas, _between(found_at, torch.stack(found), numbers).exp().unsqueeze(-1))
+    numbers = torch.arange(len(knots)).double()
+    steps = _between(numbers, torch.stack(found), _between(knots, numbers, betas))
+    return _Plan(betas, steps.exp().unsqueeze(-1))
+
+
+def _spread(ratio: Tensor) -> Tensor:
+    """How far apart log weights of one datum drift, over the data whose chains all are where they can be."""
+    each = ratio.var(0, correction=0)
+    each = each[each.isfinite()]
+    return each.mean().sqrt() if len(each) else ratio.new_zeros(())
 
 
 def _spaced(knots: Tensor, spreads: Tensor, steps: int) -> Tensor:
-    """β such that the integral of the spread grows evenly."""
+    """β such that the integral of the spread grows evenly, none of it so fast that β stands still."""
+    spreads = spreads + 1e-3 * spreads.mean() + 1e-12
     length = torch.cat([knots.new_zeros(1), torch.cumulative_trapezoid(spreads, knots)])
     even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    return _between(length / length[-1], knots, even).clamp(0, 1)
+    betas = _between(length / length[-1], knots, even)
+    betas[0], betas[-1] = 0.0, 1.0  # else the weights would estimate something else
+    return betas
 
 
 def _between(known: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
@@ -169,16 +178,17 @@ def _walk(
 
 
 class _Weights:
-    """Log weights of all batches, and what became of the moves."""
+    """Log weights of all batches in one direction, and what became of the moves."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Annealing, direction: Literal["lower", "upper"]) -> None:
+        self.settings, self.direction = settings, direction
         self.weights: list[Tensor] = []
         self.accepted: list[Tensor] = []
 
-    def add(self, path: Path, plan: _Plan, settings: Annealing, batch: Batch, exact: Tensor | None = None) -> None:
-        """Anneal a batch: forwards from f_0, or backwards from draws of the posterior, (1, B, D)."""
-        betas, steps = plan.betas.tolist(), plan.steps
-        if exact is not None:
+    def add(self, path: Path, plan: _Plan, batch: Batch, exact: Tensor | None = None) -> None:
+        """Anneal a batch: forwards from f_0, or backwards from one draw of each posterior, (1, B, D)."""
+        settings, betas, steps = self.settings, plan.betas.tolist(), plan.steps
+        if self.direction == "upper":
             betas, steps = betas[::-1], steps.flip(0)
         weights, accepted = [], []
         for first in range(0, settings.chains, settings.chunk):
@@ -190,29 +200,18 @@ class _Weights:
         self.weights.append(torch.cat(weights).T.cpu())
         self.accepted.append(torch.stack(accepted).sum(0).double().cpu())
 
-    def estimate(self, upper: bool, settings: Annealing, engine: Engine) -> Estimate:
-        """Log of the mean weight; with ``upper`` minus that, since weights estimate 1 / p(x) then."""
-        weights = torch.cat(self.weights)
+    def estimate(self, engine: Engine) -> Estimate:
+        """Log of the mean weight; upwards minus that, since weights estimate 1 / p(x) then."""
+        weights, settings = torch.cat(self.weights), self.settings
         total = weights.logsumexp(1)
         ess = (2 * total - (2 * weights).logsumexp(1)).exp()
-        value = total - math.log(settings.chains)
+        value, stderr = total - math.log(settings.chains), weight_stderr(ess, settings.chains)
+        name = f"AIS, {settings.chains} x {settings.distributions}"
+        if self.direction == "upper":
+            # All chains of a datum begin at the same draw: what another draw would change, they do not tell.
+            value, stderr, name = -value, torch.full_like(stderr, math.nan), f"reverse {name}"
         found = {"ess": ess, "acceptance": torch.cat(self.accepted), "log_weights": weights}
-        name = f"{'reverse ' if upper else ''}AIS, {settings.chains} x {settings.distributions}"
-        result = Estimate(
-            -value if upper else value,
-            weight_stderr(ess, settings.chains),
-            "upper" if upper else "lower",
-            found,
-            name,
-            engine.describe(),
-        )
-        if bool((wrong := value.isnan()).any()):
-            raise AnnealingError(
-                f"data: all weights of row {int(wrong.nonzero()[0])} are NaN; look for parameters that are NaN, "
-                "and for scales that overflow or vanish there; the other rows are in this error's `estimate`",
-                result,
-            )
-        return result
+        return Estimate(value, stderr, self.direction, found, name, engine.describe())
 
 
 class AnnealingError(ValueError):
@@ -225,6 +224,25 @@ class AnnealingError(ValueError):
     def __init__(self, message: str, estimate: Estimate) -> None:
         super().__init__(message)
         self.estimate = estimate
+
+
+def _checked(estimate: Estimate) -> Estimate:
+    """The estimate itself.
+
+    Raises:
+        AnnealingError: it is NaN for some data.
+    """
+    if bool((wrong := estimate.value.isnan()).any()):
+        row = int(wrong.nonzero()[0])
+        weights = estimate.diagnostics["log_weights"][row]
+        count = f"{int(weights.isnan().sum())} of {len(weights)}"
+        raise AnnealingError(
+            f"data: {count} weights of row {row} are NaN ({estimate.name}); look for parameters that are NaN, for "
+            "scales that overflow or vanish there, for a guide that draws what the model cannot; the other rows are "
+            "in this error's `estimate`",
+            estimate,
+        )
+    return estimate
 
 
 def annealed(
@@ -254,16 +272,23 @@ def annealed(
         ValueError: data that do not suit the pair; a latent that is discrete, or whose support depends on others;
             nothing latent; weights that are NaN, an `AnnealingError`, which has the estimates of the other data.
     """
-    engine, weights = Engine(compile), _Weights()
-    with judging(program, seed) as pair:
+    engine, weights = Engine(compile), _Weights(settings, "lower")
+    with judging(program, seed) as pair, _stream(pair, seed):
         path: Path | None = None
         for _, batch in presented(pair, data, batch_size, seed):
             path = path or _path(pair, batch, settings, engine)
-            weights.add(path, _pilot(path, settings, batch), settings, batch)
-    return weights.estimate(False, settings, engine)
+            weights.add(path, _pilot(path, settings, batch), batch)
+    return _checked(weights.estimate(engine))
+
+
+def _stream(pair: Pair, seed: int) -> AbstractContextManager[None]:
+    """A stream of its own for chains: data may have been drawn from that of the seed, with the very draws of z."""
+    return seeded(Random(f"{seed} annealing").getrandbits(63), pair.device)
 
 
 def _path(pair: Pair, batch: Batch, settings: Annealing, engine: Engine) -> Path:
+    if settings.start == "guide":
+        check_density(pair)
     return Path(pair, batch, settings.start, engine, uses=settings.distributions * settings.leapfrog)
 
 
@@ -292,59 +317,76 @@ def sandwich(
         settings: how to anneal.
         wanted: the mean gap, in nats, to get below, two standard errors included: distributions are doubled
             until it is.
-        most: no more distributions than this.
+        most: no more distributions than this, whatever the gap is then.
         like: for a program without ``blank``: a batch of ``size`` rows of the right shapes.
         batch_size: data moved at once.
         seed: fixes data and draws.
         compile: as in `ppl_vae.fit`.
 
     Returns:
-        Both estimates, of the same data, and the settings of the last run.
+        Both estimates, of the same data, and the settings of the last run. What error an upper bound has for one
+        datum is not known, since all of its chains begin at the same draw; that of means and of the gap is, over
+        data. With ``wanted`` the gap is one that was waited for: for a figure to report, run its settings again
+        under another seed.
 
     Raises:
-        ValueError: as for `annealed`; an observed site that is no tensor of the batch; ``wanted`` not positive.
+        ValueError: as for `annealed`; an observed site that is no tensor of the batch, or that depends on x other
+            than as its observed value; ``wanted`` not positive, or with fewer than two data.
     """
     at_least_one(size=size)
     if wanted is not None and not wanted > 0:
         raise ValueError(f"wanted must be positive, in nats, got {wanted}")
+    if wanted is not None and size < 2:
+        raise ValueError(f"size must be at least 2 to tell whether the gap is as wanted, got {size}")
+    engine = Engine(compile)
     with judging(program, seed) as pair:
         batch, latents = _simulated(pair, template(pair, size, context, like))
+        path = _path(pair, batch, settings, engine)
         while True:
-            found = _sandwich(pair, batch, latents, settings, batch_size, seed, Engine(compile))
-            more = 2 * settings.distributions
-            if wanted is None or found.gap.mean + 2 * found.gap.stderr < wanted or more > most:
+            found = _enclosed(path, batch, path.coordinates.pack(latents), settings, batch_size, seed)
+            gap, more = found.gap, 2 * settings.distributions
+            if wanted is None or gap.mean + 2 * gap.stderr < wanted or more > most or not math.isfinite(gap.mean):
                 return found
             settings = replace(settings, distributions=more)
 
 
-def _sandwich(
-    pair: Pair, batch: Batch, latents: dict[str, Tensor], settings: Annealing, size: int, seed: int, engine: Engine
-) -> Sandwich:
+def _enclosed(path: Path, batch: Batch, exact: Tensor, settings: Annealing, size: int, seed: int) -> Sandwich:
     """Anneal simulated data both ways, by the same step sizes."""
-    path = _path(pair, batch, settings, engine)
-    exact, up, down = path.coordinates.pack(latents), _Weights(), _Weights()
-    # Another stream than the data's: chains that began with the draws behind the data would begin at their end.
-    with seeded(Random(f"{seed} annealing").getrandbits(63), batch[0].device):
+    up, down = _Weights(settings, "lower"), _Weights(settings, "upper")
+    with _stream(path.pair, seed):
         for rows in torch.split(torch.arange(len(batch[0]), device=batch[0].device), size):
             part = tuple(column[rows] for column in batch)
             plan = _pilot(path, settings, part)
-            up.add(path, plan, settings, part)
-            down.add(path, plan, settings, part, exact[:, rows])
-    return Sandwich(up.estimate(False, settings, engine), down.estimate(True, settings, engine), settings)
+            up.add(path, plan, part)
+            down.add(path, plan, part, exact[:, rows])
+    lower, upper = up.estimate(path.engine), down.estimate(path.engine)
+    return Sandwich(_checked(lower), _checked(upper), settings)
 
 
+@torch.no_grad()
 def _simulated(pair: Pair, like: Batch) -> tuple[Batch, dict[str, Tensor]]:
-    """A batch with the model's own draws for what it observes, and the latents behind them, (1, B, ...)."""
-    latents, drawn, _ = predict(pair, *like, latents="prior")
-    with torch.no_grad():
-        sites = statements(run_model(pair, like, 1))
+    """A batch with the model's own draws for what it observes, and the latents behind them, (1, B, ...).
+
+    Raises:
+        ValueError: the draws cannot take their places in the batch, or the model then sees something else there.
+    """
+    seen = statements(run_model(pair, like, 1))
+    sites = statements(run_model(pair, like, 1, free=True))
+    observed = {name: s for name, s in sites.items() if s["infer"].get("was_observed")}
+    latents = {name: by_datum(s, s["value"]) for name, s in sites.items() if name not in observed}
     batch = list(like)
-    for site, value in drawn.items():
-        place = position(sites[site], like)
+    for name, site in observed.items():
+        place = position(seen[name], like)
         if place is None:
             raise ValueError(
-                f"site {site!r}: what the model observes is no tensor of the batch, so that simulated data cannot "
+                f"site {name!r}: what the model observes is no tensor of the batch, so that simulated data cannot "
                 "take its place"
             )
-        batch[place] = value[0].reshape(batch[place].shape)
+        batch[place] = by_datum(site, site["value"])[0].reshape(batch[place].shape)
+    meant, found = log_density(observed.values(), like, 1), joint_terms(pair, latents, *batch)[1]
+    if not torch.allclose(meant, found, rtol=1e-3, atol=1e-2):
+        raise ValueError(
+            f"site {min(observed)!r}: of data simulated at once the model does not find what it drew; this comes "
+            "of a distribution that depends on x itself, or of an observed value that is x in another order"
+        )
     return tuple(batch), latents

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ppl_vae.annealing import Annealing
 
 __all__ = ["ActiveUnits", "Average", "Direction", "Estimate", "Sandwich", "average"]
 
@@ -111,7 +114,7 @@ class Sandwich:
 
     lower: Estimate
     upper: Estimate
-    settings: Any
+    settings: Annealing
 
     @property
     def gap(self) -> Average:

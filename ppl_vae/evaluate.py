@@ -30,6 +30,7 @@ __all__ = [
     "ActiveUnits",
     "Estimate",
     "active_units",
+    "check_density",
     "decode",
     "elbo",
     "encode",
@@ -103,7 +104,7 @@ def _summed(
     engine = Engine(compile)
     with judging(program, seed) as pair:
         source = prepare(pair, data, batch_size)
-        _check_density(pair)
+        check_density(pair)
         drawn = sizes["particles"] if pair.layout is None or pair.layout.latents else 0
         sizes["particles"] = drawn or 1
         sizes["rows"] = expected_rows(source, batch_size)
@@ -113,7 +114,7 @@ def _summed(
     return [torch.cat(column).cpu() for column in zip(*parts, strict=True)], drawn, engine.describe()
 
 
-def _check_density(pair: Pair) -> None:
+def check_density(pair: Pair) -> None:
     """Raise ValueError for a guide that draws points: its "weights" compare a mass with a density."""
     if pair.layout is not None and pair.layout.points:
         raise ValueError(

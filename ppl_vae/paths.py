@@ -10,20 +10,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.distributions.transforms import Transform
 
 from ppl_vae.capture import Captured, Engine
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.sites import Site, base, statements
-from ppl_vae.traces import by_datum, joint_terms, log_posterior, run_guide, run_model
+from ppl_vae.traces import by_datum, check_table, check_whole, joint_terms, log_posterior, run_guide, run_model
 
 __all__ = ["Coordinates", "Path", "Point", "Start"]
 
 Start = Literal["prior", "guide"]
+CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises)
 JITTER = 0.2  # share of a step size that is drawn anew for each move
 
 
@@ -49,8 +53,12 @@ class Coordinates:
             raise ValueError("program: nothing is latent, so there is nothing to anneal; see `log_likelihood`")
         self.parts: dict[str, _Part] = {}
         for name, site in sites.items():
-            transform = _onto_support(name, site["fn"])
-            free = transform.inv(by_datum(site, site["value"]))
+            transform, value = _onto_support(name, site["fn"]), by_datum(site, site["value"])
+            free = transform.inv(value)
+            try:
+                transform.log_abs_det_jacobian(free, value)  # type: ignore[no-untyped-call]
+            except NotImplementedError as error:
+                raise _unsupported(name, site["fn"]) from error
             self.parts[name] = _Part(tuple(free.shape[2:]), transform)
 
     def pack(self, latents: Mapping[str, Tensor]) -> Tensor:
@@ -74,24 +82,42 @@ def _onto_support(name: str, fn: TorchDistribution) -> Transform:
     """The map from real numbers onto a site's support.
 
     Raises:
-        ValueError: the support is discrete, or another one for other parameters.
+        ValueError: there is none, or another one for other parameters.
     """
-    support = fn.support
+    family, support = type(base(fn)), fn.support
     if support.is_discrete:
         raise ValueError(
-            f"site {name!r}: {type(base(fn)).__name__} is discrete, and has no gradient to anneal along; sum it "
-            "out in the model, or judge by `log_likelihood`"
+            f"site {name!r}: {family.__name__} is discrete, and has no gradient to anneal along; sum it out in "
+            "the model, or judge by `log_likelihood`"
         )
+    if issubclass(family, Delta):
+        raise ValueError(
+            f"site {name!r}: the model puts it at a point, where no move is possible; compute it instead"
+        )
+    while isinstance(support, MixtureSameFamilyConstraint):
+        support = support.base_constraint
     narrow = support
     while isinstance(narrow, constraints.independent):
         narrow = narrow.base_constraint
     if any(torch.is_tensor(bound) for bound in vars(narrow).values()):
         raise ValueError(
-            f"site {name!r}: the support of {type(base(fn)).__name__} depends on its parameters; declare a latent "
-            "of fixed support, and transform its value"
+            f"site {name!r}: the support of {family.__name__} has tensors for bounds, which may depend on other "
+            "latents; write them as numbers, or declare a latent of fixed support and transform its value"
         )
-    transform: Transform = biject_to(support)
+    if issubclass(family, CIRCULAR):  # torch calls their support real
+        raise _unsupported(name, fn)
+    try:
+        transform: Transform = biject_to(support)
+    except NotImplementedError as error:
+        raise _unsupported(name, fn) from error
     return transform
+
+
+def _unsupported(name: str, fn: TorchDistribution) -> ValueError:
+    return ValueError(
+        f"site {name!r}: no map from real numbers onto the support of {type(base(fn)).__name__} is known; declare "
+        "a latent of another family, and transform its value"
+    )
 
 
 class Point(NamedTuple):
@@ -127,11 +153,12 @@ class Path:
     """
 
     def __init__(self, pair: Pair, batch: Batch, start: Start, engine: Engine, uses: float = math.inf) -> None:
+        check_table(pair, batch, 1)
         self.pair, self.start = pair, start
         self.coordinates = Coordinates(self._drawn(batch, 1, "prior"))
         if start == "guide" and (extra := set(self._drawn(batch, 1, "guide")) - set(self.coordinates.parts)):
             raise ValueError(f"start='guide': it also draws {min(extra)!r}, which the model does not; use 'prior'")
-        self.looked = Captured(engine, [pair], self._look, lambda *_: uses, noted=False)
+        self.engine = engine
         self.leapt = Captured(engine, [pair], self._leap, lambda *_: uses)
 
     @torch.no_grad()
@@ -149,7 +176,7 @@ class Path:
 
     def at(self, state: Tensor, batch: Batch) -> Point:
         """What is known at a state."""
-        return Point(state, *self.looked(state, *batch))
+        return Point(state, *self._look(state, *batch))
 
     def _look(self, state: Tensor, *batch: Tensor) -> Sequence[Tensor]:
         """Log f_0, the log ratio, and their slopes."""
@@ -162,10 +189,8 @@ class Path:
             else:
                 first = log_posterior(self.pair, latents, *batch)
                 first, ratio = first + volume, prior + likelihood - first
-            slopes = [
-                torch.autograd.grad(value.sum(), state, retain_graph=True, materialize_grads=True)[0]
-                for value in (first, ratio)
-            ]
+            check_whole(ratio, batch)
+            slopes = [_slope(value, state) for value in (first, ratio)]
         return first.detach(), ratio.detach(), *slopes
 
     def _leap(
@@ -179,10 +204,10 @@ class Path:
         *batch: Tensor,
     ) -> Sequence[Tensor]:
         """One leapfrog step (Neal 2011, section 2.3)."""
-        half = momentum + 0.5 * step * (first_slope + beta * ratio_slope)
+        half = momentum + 0.5 * step * _tilted(first_slope, ratio_slope, beta)
         state = state + step * half
         first, ratio, first_slope, ratio_slope = self._look(state, *batch)
-        momentum = half + 0.5 * step * (first_slope + beta * ratio_slope)
+        momentum = half + 0.5 * step * _tilted(first_slope, ratio_slope, beta)
         return state, momentum, first, ratio, first_slope, ratio_slope
 
     def move(self, here: Point, beta: Tensor, step: Tensor, leapfrog: int, batch: Batch) -> tuple[Point, Tensor]:
@@ -190,7 +215,7 @@ class Path:
 
         Args:
             here: where the particles are.
-            beta: β, without dimensions.
+            beta: β, a tensor of one number, ().
             step: step sizes (B, 1).
             leapfrog: how many steps.
             batch: the batch.
@@ -214,9 +239,22 @@ class Path:
         return Point(*(_chosen(accepted, new, old) for new, old in zip(there, here, strict=True))), probability
 
 
+def _slope(value: Tensor, state: Tensor) -> Tensor:
+    """The gradient of values, (K, B), each in its own row of the state; zero where they do not depend on it."""
+    if not value.requires_grad:
+        return torch.zeros_like(state)
+    (slope,) = torch.autograd.grad(value.sum(), state, retain_graph=True, materialize_grads=True)
+    return slope
+
+
+def _tilted(first: Tensor, ratio: Tensor, beta: Tensor) -> Tensor:
+    """First + β ratio, where a ratio that is infinite counts for nothing at β = 0."""
+    return first + torch.where(beta > 0, beta * ratio, 0.0)
+
+
 def _energy(at: Point, momentum: Tensor, beta: Tensor) -> Tensor:
     """Log f_β and the log-density of the momentum, up to a constant, (K, B)."""
-    return at.first + beta * at.ratio - 0.5 * momentum.square().sum(-1)
+    return _tilted(at.first, at.ratio, beta) - 0.5 * momentum.square().sum(-1)
 
 
 def _chosen(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:

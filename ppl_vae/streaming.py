@@ -11,7 +11,7 @@ from torch import Tensor
 from ppl_vae.batches import Source
 from ppl_vae.capture import Captured, Engine
 from ppl_vae.pairs import Batch, Pair
-from ppl_vae.traces import KL, LogTerms, log_terms
+from ppl_vae.traces import KL, LogTerms, check_whole, log_terms
 
 __all__ = ["Add", "Streamed", "add_means", "add_weights", "expected_rows", "mean_stderr", "weight_stderr"]
 
@@ -69,11 +69,7 @@ class Streamed:
         sums, batch = tensors[: len(self.start)], tensors[len(self.start) :]
         terms = log_terms(self.pair, *batch, particles=size, kl=self.kl)
         weight = terms.weight().double()
-        if weight.shape[1] != len(batch[0]):
-            raise ValueError(
-                f"program: {weight.shape[1]} rows in its data plate for a batch of {len(batch[0])}; "
-                "to judge each datum, the plate must hold the whole batch"
-            )
+        check_whole(weight, batch)
         return self.add(sums, terms, weight)
 
     @torch.no_grad()

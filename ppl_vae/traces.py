@@ -30,6 +30,7 @@ __all__ = [
     "LogTerms",
     "by_datum",
     "check_table",
+    "check_whole",
     "joint_terms",
     "log_density",
     "log_joint",
@@ -275,6 +276,15 @@ def check_table(pair: Pair, batch: Batch, particles: int) -> None:
         raise ValueError(
             f"site {layout.outside[0]!r} is outside the data plate (dim=-1), so there is no bound per datum; "
             "put it inside, or, if all data share it, train with an ELBO of pyro.infer"
+        )
+
+
+def check_whole(table: Tensor, batch: Batch) -> None:
+    """Raise ValueError unless a table of (K, rows) has a row for each datum of its batch."""
+    if table.shape[1] != len(batch[0]):
+        raise ValueError(
+            f"program: {table.shape[1]} rows in its data plate for a batch of {len(batch[0])}; "
+            "to judge each datum, the plate must hold the whole batch"
         )
 
 

@@ -7,13 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import LinearGaussian
-from programs import Discrete, Nested, TwoLevel
+from programs import Discrete, Nested, SharedLatent, TwoLevel
 from small import cvae, pixels
 from torch import nn
 from torch.distributions import MultivariateNormal
 
 import ppl_vae as pv
-from ppl_vae.annealing import Annealing, AnnealingError, _pilot, _Weights, annealed, sandwich, schedule
+from ppl_vae.annealing import Annealing, AnnealingError, _pilot, _spaced, _Weights, annealed, sandwich, schedule
 from ppl_vae.capture import Engine
 from ppl_vae.layout import inspect
 from ppl_vae.pairs import Pair, as_pair
@@ -168,21 +168,33 @@ def test_weights_are_unbiased(start):
     assert (found.diagnostics["log_weights"].mean(1) < exact - 0.05).all()
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "adaptive"])
+def test_errors_are_those_of_replicas_and_the_schedule_may_be_any(kind):
+    """Many copies of one datum: reported errors are the spread of their values; E w = p(x) again."""
+    program = LinearGaussian.random(1, latent=2, width=3)
+    x = program.draw(1, seed=0).expand(500, -1)
+    settings = Annealing(chains=64, distributions=12, leapfrog=3, schedule=kind)
+    found = annealed(program, x, settings, batch_size=500, compile="off")
+    assert found.stderr.square().mean().sqrt() == pytest.approx(float(found.value.std()), rel=0.25)
+    shares = (found.diagnostics["log_weights"].flatten() - program.log_evidence(x[:1]).detach()).exp()
+    assert abs(shares.mean() - 1) < 4 * shares.std() / len(shares) ** 0.5
+
+
 def test_reverse_weights_are_unbiased():
     """E[w] = 1 / p(x) from exact draws of the posterior, many of one datum as data of their own."""
     program = LinearGaussian.random(1, latent=2, width=3)
     x = program.draw(1, seed=0).expand(3000, -1)
     path, settings = path_of(program, x), Annealing(chains=1, distributions=5, leapfrog=2)
-    weights = _Weights()
+    weights = _Weights(settings, "upper")
     exact = path.coordinates.pack({"z": posterior_draws(program, x, 1)})
-    weights.add(path, _pilot(path, settings, (x,)), settings, (x,), exact)
+    weights.add(path, _pilot(path, settings, (x,)), (x,), exact)
     shares = (weights.weights[0][:, 0] + program.log_evidence(x).detach()).exp()
     assert abs(shares.mean() - 1) < 4 * shares.std() / 3000**0.5
     assert shares.std() / 3000**0.5 < 0.1
 
 
 @pytest.mark.parametrize("distributions", [2, 7])
-@pytest.mark.parametrize("kind", ["sigmoid", "adaptive"])
+@pytest.mark.parametrize("kind", ["sigmoid", "linear"])
 def test_from_the_exact_posterior_every_weight_is_p(distributions, kind):
     program = LinearGaussian.random(0, guide="exact")
     x = program.draw(5, seed=0)
@@ -263,6 +275,32 @@ def test_latents_of_constrained_support():
     assert ((found.value - close.value).abs() < 5 * error + 0.02).all()
 
 
+def test_a_mixture_prior():
+    program = pv.VAE(
+        pv.MixturePrior(2, 3), pv.Normal(pv.MLP(2, 8, 4), scale=0.5), pv.mean_field(pv.MLP(4, 8, 2 * 2))
+    )
+    x = torch.randn(5, 4)
+    found = annealed(program, x, few(distributions=60), compile="off")
+    close = pv.log_likelihood(program, x, 40_000, chunk=4000)
+    error = (found.stderr.square() + close.stderr.square()).sqrt()
+    assert ((found.value - close.value).abs() < 5 * error + 0.02).all()
+
+
+def test_a_sandwich_of_two_levels_conditions_and_inner_plates():
+    """Programs with their own shapes: the lower bound stays below the upper one, and bounds get no error alone."""
+    labels = torch.tensor([0, 1, 2] * 8)
+    x = torch.randn(24, 4)
+    for found in (
+        sandwich(cvae(), 24, labels, settings=few(distributions=100), batch_size=10, compile="off"),
+        sandwich(two_levels(), 24, like=(x.double(),), settings=few(distributions=100), compile="off"),
+        sandwich(Constrained(), 24, like=(x[:, :2],), settings=few(distributions=100), compile="off"),
+    ):
+        assert found.gap.mean > -3 * found.gap.stderr
+        assert found.gap.mean < 1
+        assert found.upper.stderr.isnan().all()
+        assert "gap" in str(found)
+
+
 # ---- how it runs
 def test_captured_is_as_written():
     """Move by move; in a long run the rounding of each move grows in the next, as in any dynamics."""
@@ -314,6 +352,20 @@ def test_schedules(kind, steps):
         assert betas.diff()[0] < 0.2 * betas.diff()[steps // 2]
 
 
+@pytest.mark.parametrize("spreads", [[0.0] * 5, [0, 0, 1, 2, 1], [1, 1, 1, 0, 0], [1e20, 1, 1, 1, 1]])
+def test_an_adaptive_schedule_goes_from_0_to_1(spreads):
+    betas = _spaced(torch.linspace(0, 1, 5).double(), torch.tensor(spreads).double(), 20)
+    assert (betas[0], betas[-1], len(betas)) == (0, 1, 21)
+    assert (betas.diff() >= 0).all()
+
+
+def test_an_adaptive_schedule_leaves_out_data_that_fail():
+    x, c = torch.rand(5, 1), torch.tensor([1.0, 2.0, -1.0, 1.0, 1.0])
+    with pytest.raises(AnnealingError, match="row 2") as caught:
+        annealed(Spoiled(), (x, c), few(schedule="adaptive"), compile="off")
+    assert caught.value.estimate.value.isnan().sum() == 1
+
+
 # ---- what is refused
 @pytest.mark.parametrize(
     ("setting", "message"),
@@ -352,17 +404,74 @@ def same_latents(x):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
 
+def walk(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        before = torch.nn.functional.pad(x[:, :-1], (1, 0)) + z[..., None]
+        pyro.sample("x", dist.Normal(before, 0.1).to_event(1), obs=x)
+
+
+def turned(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        x = x.reshape(-1, 2, 2).transpose(1, 2)
+        loc = z[..., None, None] + torch.tensor([[0.0, 10.0], [20.0, 30.0]])
+        pyro.sample("x", dist.Normal(loc, 1.0).to_event(2), obs=x)
+
+
+def circle(x):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.VonMises(0.0, 1.0))
+
+
+def sphere(x):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.ProjectedNormal(torch.ones(3)))
+
+
+def some_rows(x):
+    with pyro.plate("data", len(x), subsample_size=2, dim=-1) as rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=x[rows])
+
+
+def some_rows_guide(x):
+    with pyro.plate("data", len(x), subsample_size=2, dim=-1):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def points():
+    return pv.VAE(pv.StandardNormal(2), pv.Normal(pv.MLP(2, 4), scale=1.0), pv.Point(pv.MLP(4, 2)))
+
+
 def test_programs_that_cannot_be_annealed():
     x = torch.rand(4, 1)
     density = pv.Density(pv.Normal(pv.Constant(torch.zeros(1), learned=True), 1.0))
     apart = Pair(observed_apart, same_latents)
     for call, message in (
         (lambda: annealed(Discrete(), torch.rand(3, 4), FEW), "site 'z': Bernoulli is discrete"),
-        (lambda: annealed(Pair(uniform, uniform_guide), x, FEW), "site 'u': the support of Uniform depends"),
+        (
+            lambda: annealed(Pair(uniform, uniform_guide), x, FEW),
+            "support of Uniform has tensors",
+        ),
         (lambda: annealed(density, x, FEW), "nothing is latent"),
         (lambda: sandwich(apart, 4, settings=FEW, like=(x,)), "site 'x': what the model observes is no tensor"),
         (lambda: sandwich(apart, 0), "size must be at least 1, got 0"),
         (lambda: sandwich(apart, 2, wanted=0.0), "wanted must be positive, in nats, got 0.0"),
+        (lambda: sandwich(apart, 1, wanted=1.0), "size must be at least 2"),
+        (
+            lambda: sandwich(Pair(walk, same_latents), 4, settings=FEW, like=(x.repeat(1, 5),)),
+            "depends on x itself",
+        ),
+        (
+            lambda: sandwich(Pair(turned, same_latents), 4, settings=FEW, like=(x.repeat(1, 4),)),
+            "in another order",
+        ),
+        (lambda: annealed(Pair(circle, circle), x, FEW), "site 'z': no map from real numbers .* VonMises"),
+        (lambda: annealed(Pair(sphere, sphere), x, FEW), "site 'z': no map from real numbers .* ProjectedNormal"),
+        (lambda: annealed(Pair(some_rows, some_rows_guide), x, FEW), "2 rows in its data plate for a batch of 4"),
+        (lambda: annealed(SharedLatent(), torch.rand(3, 4), FEW), "'w' is outside the data plate"),
+        (lambda: annealed(points(), torch.rand(3, 4), few(start="guide")), "the guide draws a point"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -389,8 +498,7 @@ class Spoiled(nn.Module):
 def test_a_datum_that_gives_nan_is_named_and_the_others_are_kept():
     x, c = torch.rand(5, 1), torch.tensor([1.0, 2.0, -1.0, 1.0, 1.0])
     program = Spoiled()
-    as_pair(program).layout = None
-    with pytest.raises(AnnealingError, match="all weights of row 2 are NaN") as caught:
+    with pytest.raises(AnnealingError, match="16 of 16 weights of row 2 are NaN") as caught:
         annealed(program, (x, c), FEW, compile="off")
     value = caught.value.estimate.value
     assert value.isnan().tolist() == [False, False, True, False, False]
