@@ -238,8 +238,8 @@ def _checked(estimate: Estimate) -> Estimate:
         count = f"{int(weights.isnan().sum())} of {len(weights)}"
         raise AnnealingError(
             f"data: {count} weights of row {row} are NaN ({estimate.name}); look for parameters that are NaN, for "
-            "scales that overflow or vanish there, for a guide that draws what the model cannot; the other rows are "
-            "in this error's `estimate`",
+            "scales that overflow or vanish there, for a guide that draws what the model cannot; the other rows "
+            "are in this error's `estimate`",
             estimate,
         )
     return estimate
@@ -370,6 +370,7 @@ def _simulated(pair: Pair, like: Batch) -> tuple[Batch, dict[str, Tensor]]:
     Raises:
         ValueError: the draws cannot take their places in the batch, or the model then sees something else there.
     """
+    like = tuple(column.contiguous() for column in like)  # a view of it, as an inner plate needs, is known by that
     seen = statements(run_model(pair, like, 1))
     sites = statements(run_model(pair, like, 1, free=True))
     observed = {name: s for name, s in sites.items() if s["infer"].get("was_observed")}
