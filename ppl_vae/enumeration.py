@@ -45,6 +45,7 @@ def enumerated(
             counts have none, is masked, or is inside an inner plate; the guide draws others before it, and the
             bound is not the ELBO. The message names the site.
 
+    >>> import torch
     >>> import ppl_vae as pv
     >>> prior = pv.OneHotCategorical(pv.Constant(torch.zeros(3)))
     >>> posterior = pv.OneHotCategorical(pv.MLP(4, 8, 3))
