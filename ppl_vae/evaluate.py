@@ -196,11 +196,15 @@ def active_units(
 ) -> ActiveUnits:
     """Count active units: Var_x(E_q[z | x]) > threshold (Burda et al. 2016, section 5.1).
 
+    A distribution without a mean, such as a flow's, has its draws averaged. Their noise, Var(z | x) / particles,
+    counts then, so that only thousands of particles tell.
+
     Args:
         program: the pair.
         data: at least two data.
         threshold: variance above which a unit counts.
-        particles: draws of earlier latents that the mean of a later one is averaged over.
+        particles: draws of earlier latents that the mean of a later one is averaged over, or draws of a latent
+            itself where there is no mean.
         batch_size: data per batch.
         seed: fixes those draws, and redrawn pixels.
 
