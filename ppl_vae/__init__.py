@@ -227,9 +227,9 @@ __all__ = [
     "Wake",
     # judge
     "active_units",
+    "ActiveUnits",
     "annealed",
     "Annealing",
-    "ActiveUnits",
     "average",
     "Average",
     "bits_per_dimension",

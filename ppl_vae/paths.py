@@ -24,7 +24,7 @@ from ppl_vae.pairs import Batch, Pair
 from ppl_vae.sites import Site, base, statements
 from ppl_vae.traces import by_datum, check_table, check_whole, joint_terms, log_posterior, run_guide, run_model
 
-__all__ = ["Coordinates", "Path", "Point", "Start"]
+__all__ = ["Coordinates", "Path", "Place", "Start"]
 
 Start = Literal["prior", "guide"]
 CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises)
@@ -120,7 +120,7 @@ def _unsupported(name: str, fn: TorchDistribution) -> ValueError:
     )
 
 
-class Point(NamedTuple):
+class Place(NamedTuple):
     """Where particles are on a path, and what is known there.
 
     Attributes:
@@ -174,9 +174,9 @@ class Path:
             sites = statements(run(self.pair, batch, particles))
         return {name: site for name, site in sites.items() if not site["is_observed"]}
 
-    def at(self, state: Tensor, batch: Batch) -> Point:
+    def at(self, state: Tensor, batch: Batch) -> Place:
         """What is known at a state."""
-        return Point(state, *self._look(state, *batch))
+        return Place(state, *self._look(state, *batch))
 
     def _look(self, state: Tensor, *batch: Tensor) -> Sequence[Tensor]:
         """Log f_0, the log ratio, and their slopes."""
@@ -210,7 +210,7 @@ class Path:
         momentum = half + 0.5 * step * _tilted(first_slope, ratio_slope, beta)
         return state, momentum, first, ratio, first_slope, ratio_slope
 
-    def move(self, here: Point, beta: Tensor, step: Tensor, leapfrog: int, batch: Batch) -> tuple[Point, Tensor]:
+    def move(self, here: Place, beta: Tensor, step: Tensor, leapfrog: int, batch: Batch) -> tuple[Place, Tensor]:
         """One Hamiltonian move that leaves f_β as it is: leapfrog steps, accepted or not (Neal 2011, eq. 3.6).
 
         Args:
@@ -231,12 +231,12 @@ class Path:
             state, after, *rest = self.leapt(
                 there.state, after, there.first_slope, there.ratio_slope, beta, step, *batch
             )
-            there = Point(state, *rest)
+            there = Place(state, *rest)
         gain = _energy(there, after, beta) - _energy(here, momentum, beta)
         # A trajectory that left all bounds has NaN for an energy, and ends where it began.
         probability = gain.nan_to_num(nan=-math.inf).clamp(max=0).exp()
         accepted = torch.rand_like(probability) < probability
-        return Point(*(_chosen(accepted, new, old) for new, old in zip(there, here, strict=True))), probability
+        return Place(*(_chosen(accepted, new, old) for new, old in zip(there, here, strict=True))), probability
 
 
 def _slope(value: Tensor, state: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def _tilted(first: Tensor, ratio: Tensor, beta: Tensor) -> Tensor:
     return first + torch.where(beta > 0, beta * ratio, 0.0)
 
 
-def _energy(at: Point, momentum: Tensor, beta: Tensor) -> Tensor:
+def _energy(at: Place, momentum: Tensor, beta: Tensor) -> Tensor:
     """Log f_β and the log-density of the momentum, up to a constant, (K, B)."""
     return _tilted(at.first, at.ratio, beta) - 0.5 * momentum.square().sum(-1)
 
