@@ -32,7 +32,7 @@ from ppl_vae.pairs import Batch, Pair, Program
 from ppl_vae.paths import Path, Start
 from ppl_vae.rng import seeded
 from ppl_vae.sites import statements
-from ppl_vae.streaming import weight_stderr
+from ppl_vae.streaming import log_mean
 from ppl_vae.traces import by_datum, joint_terms, log_density, run_model
 
 __all__ = ["Annealing", "annealed", "sandwich", "schedule"]
@@ -203,9 +203,7 @@ class _Weights:
     def estimate(self, engine: Engine) -> Estimate:
         """Log of the mean weight; upwards minus that, since weights estimate 1 / p(x) then."""
         weights, settings = torch.cat(self.weights), self.settings
-        total = weights.logsumexp(1)
-        ess = (2 * total - (2 * weights).logsumexp(1)).exp()
-        value, stderr = total - math.log(settings.chains), weight_stderr(ess, settings.chains)
+        value, stderr, ess = log_mean(weights.logsumexp(1), (2 * weights).logsumexp(1), settings.chains)
         name = f"AIS, {settings.chains} x {settings.distributions}"
         if self.direction == "upper":
             # All chains of a datum begin at the same draw: what another draw would change, they do not tell.

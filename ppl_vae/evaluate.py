@@ -23,7 +23,7 @@ from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.predictive import guide_draws, guide_means, inspect_shapes, predict
 from ppl_vae.rng import seeded
-from ppl_vae.streaming import Add, Streamed, add_means, add_weights, expected_rows, mean_stderr, weight_stderr
+from ppl_vae.streaming import Add, Streamed, add_means, add_weights, expected_rows, log_mean, mean_stderr
 from ppl_vae.traces import KL
 
 __all__ = [
@@ -81,8 +81,7 @@ def log_likelihood(
     sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
     start = (-math.inf, -math.inf)
     (first, second), drawn, how = _summed(program, data, add_weights, start, seed=seed, compile=compile, **sizes)
-    ess = (2 * first - second).exp()
-    value, stderr = first - math.log(drawn or 1), weight_stderr(ess, drawn)
+    value, stderr, ess = log_mean(first, second, drawn)
     return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}" if drawn else "log p(x)", how)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,7 +14,16 @@ from ppl_vae.capture import Captured, Engine
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.traces import KL, LogTerms, check_whole, log_terms
 
-__all__ = ["Add", "Streamed", "add_means", "add_weights", "expected_rows", "mean_stderr", "weight_stderr"]
+__all__ = [
+    "Add",
+    "Streamed",
+    "add_means",
+    "add_weights",
+    "expected_rows",
+    "log_mean",
+    "mean_stderr",
+    "weight_stderr",
+]
 
 Add = Callable[[Sequence[Tensor], LogTerms, Tensor], Sequence[Tensor]]
 
@@ -101,6 +111,15 @@ def add_weights(sums: Sequence[Tensor], terms: LogTerms, weight: Tensor) -> Sequ
     """Log Σ w and log Σ w²; both start from -inf."""
     first, second = sums
     return torch.logaddexp(first, weight.logsumexp(0)), torch.logaddexp(second, (2 * weight).logsumexp(0))
+
+
+def log_mean(first: Tensor, second: Tensor, particles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log mean(w), its standard error and the effective sample size, from log Σ w and log Σ w² of K weights.
+
+    With none drawn the sums are of one exact weight.
+    """
+    ess = (2 * first - second).exp()
+    return first - math.log(particles or 1), weight_stderr(ess, particles), ess
 
 
 def weight_stderr(ess: Tensor, particles: int) -> Tensor:
