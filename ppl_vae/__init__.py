@@ -15,7 +15,7 @@
 
 from ppl_vae.adversaries import Adversary
 from ppl_vae.alternating import PIWAE, RWS, Alternating, Wake
-from ppl_vae.annealing import Annealing, annealed, sandwich
+from ppl_vae.annealing import AnnealingError, annealed, sandwich
 from ppl_vae.arviz_export import to_arviz
 from ppl_vae.batches import Data, Stream
 from ppl_vae.belief import sigmoid_belief_network
@@ -61,7 +61,7 @@ from ppl_vae.likelihoods import Bernoulli, Beta, ContinuousBernoulli, StudentT
 from ppl_vae.models import CVAE, VAE, Density
 from ppl_vae.nets import MLP, Batched, Concat, Modulated, OneHot, Residual
 from ppl_vae.objectives import ELBO, IWAE, BoundObjective, Objective, Part, PyroObjective
-from ppl_vae.pairs import Pair, Program, as_pair
+from ppl_vae.pairs import Pair, Program, as_pair, prior_guided
 from ppl_vae.penalties import (
     MMD,
     Capacity,
@@ -85,6 +85,7 @@ from ppl_vae.priors import (
 )
 from ppl_vae.runs import RunFolder, load_run, train_run
 from ppl_vae.scalars import AffineMap, ScalarMap, SplineMap
+from ppl_vae.schedules import Annealing
 from ppl_vae.scores import NVIL, Score, leave_one_out, score, vimco
 from ppl_vae.semisupervised import SemiSupervisedVAE, hide_labels
 from ppl_vae.sequences import BackwardGRU, DeepMarkovModel, combiner, gated_transition
@@ -150,6 +151,7 @@ __all__ = [
     "planar",
     "Point",
     "Poisson",
+    "prior_guided",
     "Program",
     "radial",
     "RelaxedBernoulli",
@@ -230,6 +232,7 @@ __all__ = [
     "ActiveUnits",
     "annealed",
     "Annealing",
+    "AnnealingError",
     "average",
     "Average",
     "bits_per_dimension",

@@ -13,9 +13,9 @@ frozen: moves tuned by the run that they serve would leave nothing invariant, an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 from typing import Any, Literal
@@ -25,139 +25,20 @@ from torch import Tensor
 
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.conditionals import at_least_one
-from ppl_vae.estimates import Estimate, Sandwich
+from ppl_vae.estimates import Estimate, Sandwich, share_warning
 from ppl_vae.evaluate import check_density, judging, presented, template
 from ppl_vae.layout import position
-from ppl_vae.pairs import Batch, Pair, Program
-from ppl_vae.paths import Path, Start
+from ppl_vae.pairs import Batch, Pair, Program, as_pair, prior_guided
+from ppl_vae.paths import Path
 from ppl_vae.rng import seeded
+from ppl_vae.schedules import Annealing, Plan, pilot
 from ppl_vae.sites import statements
 from ppl_vae.streaming import log_mean
 from ppl_vae.traces import by_datum, joint_terms, log_density, run_model
 
-__all__ = ["Annealing", "annealed", "sandwich", "schedule"]
+__all__ = ["AnnealingError", "annealed", "sandwich", "simulated"]
 
-Schedule = Literal["linear", "sigmoid", "adaptive"]
-RADIUS = 4.0  # of the sigmoid schedule, as Wu et al. have it
-RATE = 1.0  # how fast a pilot's log step sizes follow the acceptance
-PILOTS = 4  # chains of a pilot
-SETTLING = 20  # moves of a pilot before it leaves β = 0
-
-
-@dataclass(frozen=True)
-class Annealing:
-    """How to anneal.
-
-    Args:
-        chains: particles per datum.
-        distributions: T, steps of β; each but the last is followed by a move.
-        leapfrog: steps of one move.
-        start: f_0: "prior", or "guide", which is nearer and may be too narrow.
-        schedule: of β: "sigmoid" (Wu et al. 2017), "linear", or "adaptive", which spaces β such that each step
-            adds about the same spread of log weights, as found by the pilot.
-        step_size: of the pilot's first move.
-        acceptance: what step sizes are tuned to.
-        chunk: chains of a batch held at once.
-
-    Raises:
-        ValueError: a setting out of its range.
-    """
-
-    chains: int = 16
-    distributions: int = 1000
-    leapfrog: int = 10
-    start: Start = "prior"
-    schedule: Schedule = "sigmoid"
-    step_size: float = 0.1
-    acceptance: float = 0.65
-    chunk: int = 64
-
-    def __post_init__(self) -> None:
-        at_least_one(chains=self.chains, leapfrog=self.leapfrog, chunk=self.chunk)
-        if self.distributions < 2:
-            raise ValueError(
-                f"distributions must be at least 2, got {self.distributions}; one is importance sampling: use "
-                "`log_likelihood`"
-            )
-        for name, choices in (("start", ("prior", "guide")), ("schedule", ("linear", "sigmoid", "adaptive"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not 0 < self.step_size < math.inf:
-            raise ValueError(f"step_size must be positive and finite, got {self.step_size}")
-        if not 0 < self.acceptance < 1:
-            raise ValueError(f"acceptance must lie between 0 and 1, got {self.acceptance}")
-
-
-def schedule(kind: Literal["linear", "sigmoid"], steps: int) -> Tensor:
-    """β_0 = 0 to β_T = 1, float64 (T + 1,): evenly, or closer together at both ends, as a sigmoid is flat there.
-
-    >>> schedule("linear", 4).tolist()
-    [0.0, 0.25, 0.5, 0.75, 1.0]
-    """
-    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    if kind == "linear":
-        return even
-    curve = torch.sigmoid(RADIUS * (2 * even - 1))
-    return ((curve - curve[0]) / (curve[-1] - curve[0])).clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a run goes by, frozen before it begins: β (T + 1,), and step sizes (T + 1, B, 1)."""
-
-    betas: Tensor
-    steps: Tensor
-
-
-@torch.no_grad()
-def _pilot(path: Path, settings: Annealing, batch: Batch) -> _Plan:
-    """Walk the path with a few chains, and find step sizes for each datum; also β, if the schedule is adaptive."""
-    knots = schedule("sigmoid", max(100, settings.distributions // 3))
-    here = path.at(path.draw(batch, min(settings.chains, settings.chunk, PILOTS)), batch)
-    log_step = here.first.new_full((here.first.shape[1],), math.log(settings.step_size))
-    found, spreads = [], []
-    for number, knot in enumerate(knots):
-        beta = here.first.new_tensor(float(knot))
-        for _ in range(1 if number else SETTLING):
-            here, probability = path.move(here, beta, log_step.exp().unsqueeze(-1), settings.leapfrog, batch)
-            log_step = log_step + RATE * (probability.mean(0) - settings.acceptance)
-        found.append(log_step)
-        spreads.append(_spread(here.ratio))
-    if settings.schedule == "adaptive":
-        betas = _spaced(knots, torch.stack(spreads).double().cpu(), settings.distributions)
-    else:
-        betas = schedule(settings.schedule, settings.distributions)
-    # Between knots, which are close together where β changes much for its size, by their numbers and not by β.
-    numbers = torch.arange(len(knots)).double()
-    steps = _between(numbers, torch.stack(found), _between(knots, numbers, betas))
-    return _Plan(betas, steps.exp().unsqueeze(-1))
-
-
-def _spread(ratio: Tensor) -> Tensor:
-    """How far apart log weights of one datum drift, over the data whose chains all are where they can be."""
-    each = ratio.var(0, correction=0)
-    each = each[each.isfinite()]
-    return each.mean().sqrt() if len(each) else ratio.new_zeros(())
-
-
-def _spaced(knots: Tensor, spreads: Tensor, steps: int) -> Tensor:
-    """β such that the integral of the spread grows evenly, none of it so fast that β stands still."""
-    spreads = spreads + 1e-3 * spreads.mean() + 1e-12
-    length = torch.cat([knots.new_zeros(1), torch.cumulative_trapezoid(spreads, knots)])
-    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    betas = _between(length / length[-1], knots, even)
-    betas[0], betas[-1] = 0.0, 1.0  # else the weights would estimate something else
-    return betas
-
-
-def _between(known: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """Values given at known points (n,), increasing, (n, ...), as they are between them, at wanted points."""
-    above = torch.searchsorted(known, wanted.contiguous(), right=True).clamp(1, len(known) - 1)
-    low, high = known[above - 1], known[above]
-    share = ((wanted - low) / (high - low).clamp(min=1e-300)).clamp(0, 1).to(values)
-    share = share.reshape(-1, *[1] * (values.dim() - 1))
-    above = above.to(values.device)
-    return values[above - 1] + share * (values[above] - values[above - 1])
+LEAST = 0.2  # acceptance of moves below which the particles hardly went anywhere
 
 
 @torch.no_grad()
@@ -185,7 +66,7 @@ class _Weights:
         self.weights: list[Tensor] = []
         self.accepted: list[Tensor] = []
 
-    def add(self, path: Path, plan: _Plan, batch: Batch, exact: Tensor | None = None) -> None:
+    def add(self, path: Path, plan: Plan, batch: Batch, exact: Tensor | None = None) -> None:
         """Anneal a batch: forwards from f_0, or backwards from one draw of each posterior, (1, B, D)."""
         settings, betas, steps = self.settings, plan.betas.tolist(), plan.steps
         if self.direction == "upper":
@@ -208,8 +89,19 @@ class _Weights:
         if self.direction == "upper":
             # All chains of a datum begin at the same draw: what another draw would change, they do not tell.
             value, stderr, name = -value, torch.full_like(stderr, math.nan), f"reverse {name}"
-        found = {"ess": ess, "acceptance": torch.cat(self.accepted), "log_weights": weights}
-        return Estimate(value, stderr, self.direction, found, name, engine.describe())
+        accepted = torch.cat(self.accepted)
+        found = {"ess": ess, "acceptance": accepted, "log_weights": weights}
+        doubts = share_warning(
+            accepted < LEAST,
+            f"fewer than {LEAST:.0%} of the moves were accepted",
+            "the pilot did not find step sizes: take more distributions, which lengthens it",
+        )
+        doubts += share_warning(
+            (ess < 2) & (settings.chains > 3),
+            "one chain has most of the weight",
+            "value and error are those of one draw: take more distributions",
+        )
+        return Estimate(value, stderr, self.direction, found, name, engine.describe(), doubts)
 
 
 class AnnealingError(ValueError):
@@ -244,7 +136,7 @@ def _checked(estimate: Estimate) -> Estimate:
 
 
 def annealed(
-    program: Program | Pair,
+    program: Program | Pair | Callable[..., Any],
     data: Any,
     settings: Annealing = Annealing(),
     *,
@@ -255,7 +147,8 @@ def annealed(
     """Annealed importance sampling: a lower bound on log p(x) that gets tight with more distributions (Neal 2001).
 
     Args:
-        program: the pair; its guide has a part in it with ``start="guide"`` alone.
+        program: the pair, or a model alone: the guide has a part in it with ``start="guide"`` alone. Discrete
+            latents are summed out, where they can be listed.
         data: data in any form that ``fit`` takes.
         settings: how to anneal.
         batch_size: data moved at once.
@@ -267,16 +160,24 @@ def annealed(
         ``ess``, ``acceptance`` of the moves, and ``log_weights`` (N, chains).
 
     Raises:
-        ValueError: data that do not suit the pair; a latent that is discrete, or whose support depends on others;
+        ValueError: data that do not suit the pair; a discrete latent with too many values, or without a list of
+            them; a latent whose support depends on others;
             nothing latent; weights that are NaN, an `AnnealingError`, which has the estimates of the other data.
     """
     engine, weights = Engine(compile), _Weights(settings, "lower")
-    with judging(program, seed) as pair, _stream(pair, seed):
+    with judging(_paired(program), seed) as pair, _stream(pair, seed):
         path: Path | None = None
         for _, batch in presented(pair, data, batch_size, seed):
             path = path or _path(pair, batch, settings, engine)
-            weights.add(path, _pilot(path, settings, batch), batch)
+            weights.add(path, pilot(path, settings, batch), batch)
     return _checked(weights.estimate(engine))
+
+
+def _paired(program: Any) -> Pair:
+    """The pair of a program, or of a model alone: a callable, or an object with a model and no guide."""
+    if isinstance(program, Pair) or hasattr(program, "guide"):
+        return as_pair(program)
+    return prior_guided(getattr(program, "model", program))
 
 
 def _stream(pair: Pair, seed: int) -> AbstractContextManager[None]:
@@ -287,11 +188,12 @@ def _stream(pair: Pair, seed: int) -> AbstractContextManager[None]:
 def _path(pair: Pair, batch: Batch, settings: Annealing, engine: Engine) -> Path:
     if settings.start == "guide":
         check_density(pair)
-    return Path(pair, batch, settings.start, engine, uses=settings.distributions * settings.leapfrog)
+    uses = settings.distributions * settings.leapfrog
+    return Path(pair, batch, settings.start, engine, settings.precision, uses)
 
 
 def sandwich(
-    program: Program | Pair,
+    program: Program | Pair | Callable[..., Any],
     size: int,
     *context: Tensor,
     settings: Annealing = Annealing(),
@@ -309,7 +211,7 @@ def sandwich(
     posteriors are no harder; on real data that differ from the model's they may be (Wu et al. 2017, section 4).
 
     Args:
-        program: the pair.
+        program: the pair, or a model alone.
         size: how many data to simulate.
         *context: conditions c, one row for each.
         settings: how to anneal.
@@ -337,8 +239,8 @@ def sandwich(
     if wanted is not None and size < 2:
         raise ValueError(f"size must be at least 2 to tell whether the gap is as wanted, got {size}")
     engine = Engine(compile)
-    with judging(program, seed) as pair:
-        batch, latents = _simulated(pair, template(pair, size, context, like))
+    with judging(_paired(program), seed) as pair:
+        batch, latents = simulated(pair, template(pair, size, context, like))
         path = _path(pair, batch, settings, engine)
         while True:
             found = _enclosed(path, batch, path.coordinates.pack(latents), settings, batch_size, seed)
@@ -354,7 +256,7 @@ def _enclosed(path: Path, batch: Batch, exact: Tensor, settings: Annealing, size
     with _stream(path.pair, seed):
         for rows in torch.split(torch.arange(len(batch[0]), device=batch[0].device), size):
             part = tuple(column[rows] for column in batch)
-            plan = _pilot(path, settings, part)
+            plan = pilot(path, settings, part)
             up.add(path, plan, part)
             down.add(path, plan, part, exact[:, rows])
     lower, upper = up.estimate(path.engine), down.estimate(path.engine)
@@ -362,7 +264,7 @@ def _enclosed(path: Path, batch: Batch, exact: Tensor, settings: Annealing, size
 
 
 @torch.no_grad()
-def _simulated(pair: Pair, like: Batch) -> tuple[Batch, dict[str, Tensor]]:
+def simulated(pair: Pair, like: Batch) -> tuple[Batch, dict[str, Tensor]]:
     """A batch with the model's own draws for what it observes, and the latents behind them, (1, B, ...).
 
     Raises:

@@ -24,12 +24,12 @@ from ppl_vae.data import Images, Split, digits, fashion_mnist, from_path, mnist,
 from ppl_vae.files import PathLike
 from ppl_vae.objectives import Objective
 from ppl_vae.plan import ACTIVATIONS, SCALES, Plan
+from ppl_vae.products import Precision
 from ppl_vae.rng import seeded
 from ppl_vae.semisupervised import hide_labels
 from ppl_vae.settings import check_each, checked, nearest, setting
 from ppl_vae.traces import KL
 from ppl_vae.transforms import dequantise, redraw, threshold
-from ppl_vae.updates import Precision
 
 __all__ = ["Config", "build", "images_of", "objective_of", "presented"]
 

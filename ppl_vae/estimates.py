@@ -9,11 +9,23 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ppl_vae.annealing import Annealing
+    from ppl_vae.schedules import Annealing
 
-__all__ = ["ActiveUnits", "Average", "Direction", "Estimate", "Sandwich", "average"]
+__all__ = ["ActiveUnits", "Average", "Direction", "Estimate", "Sandwich", "average", "share_warning"]
 
 Direction = Literal["lower", "upper", "unbiased"]
+LOOSE = 1.0  # a gap, in nats, beyond which differences between models are lost in it
+
+
+def share_warning(wrong: Tensor, what: str, advice: str) -> tuple[str, ...]:
+    """A warning that something holds for a share of the data; none where it holds for none.
+
+    >>> import torch
+    >>> share_warning(torch.tensor([True, False]), "the effective sample size is below 5", "take more particles")
+    ('the effective sample size is below 5 for 50.0% of the data; take more particles',)
+    """
+    share = 100 * float(wrong.double().mean())
+    return (f"{what} for {share:.1f}% of the data; {advice}",) if share else ()
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Estimate:
         diagnostics: further numbers per datum, name -> (N,), such as the effective sample size.
         name: what was estimated, for printing.
         engine: how it was computed, for the record: "eager", or how it was captured.
+        warnings: why not to believe it, and what to do; printed with it.
     """
 
     value: Tensor
@@ -35,6 +48,7 @@ class Estimate:
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     name: str = "log p(x)"
     engine: str = "eager"
+    warnings: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -55,10 +69,11 @@ class Estimate:
         kind = {"lower": "lower bound", "upper": "upper bound", "unbiased": "unbiased"}[self.direction]
         draws = self.monte_carlo_stderr
         error = "" if math.isnan(draws) else f"; Monte Carlo s.e. {draws:.3f}"
-        return (
+        found = (
             f"{self.name} = {self.mean:.3f} ± {self.mean_stderr:.3f} nats per datum "
             f"({kind}; {len(self.value)} data{error})"
         )
+        return "\n".join([found, *(f"  warning: {text}" for text in self.warnings)])
 
 
 @dataclass(frozen=True)
@@ -121,8 +136,20 @@ class Sandwich:
         """Mean distance of the two, nats per datum, with its error over data drawn from the model."""
         return average(self.upper.value - self.lower.value)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why not to believe it, if so."""
+        gap = self.gap
+        if not gap.mean + 2 * gap.stderr > LOOSE:
+            return ()
+        return (
+            f"the gap may be above {LOOSE:g} nat: the lower bound is as loose on real data, or looser; take more "
+            "distributions, or say wanted=",
+        )
+
     def __str__(self) -> str:
-        return f"{self.lower}\n{self.upper}\ngap {self.gap} nats per datum"
+        lines = [str(self.lower), str(self.upper), f"gap {self.gap} nats per datum"]
+        return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ppl_vae.batches import Data, Source, prepare
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.conditionals import at_least_one
-from ppl_vae.estimates import ActiveUnits, Estimate
+from ppl_vae.estimates import ActiveUnits, Estimate, share_warning
 from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.predictive import guide_draws, guide_means, inspect_shapes, predict
@@ -41,6 +41,9 @@ __all__ = [
     "sample",
     "template",
 ]
+
+FEW = 5  # an effective sample size below which a mean of weights, and its error, are a few particles' luck
+ADVICE = "their bounds are loose, and looser than the errors say; see `importance` for what to do"
 
 
 @torch.no_grad()
@@ -82,7 +85,8 @@ def log_likelihood(
     start = (-math.inf, -math.inf)
     (first, second), drawn, how = _summed(program, data, add_weights, start, seed=seed, compile=compile, **sizes)
     value, stderr, ess = log_mean(first, second, drawn)
-    return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}" if drawn else "log p(x)", how)
+    doubts = share_warning((ess < FEW) & (drawn > FEW), f"the effective sample size is below {FEW}", ADVICE)
+    return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}" if drawn else "log p(x)", how, doubts)
 
 
 def _summed(

@@ -17,7 +17,16 @@ from ppl_vae.pairs import Batch, Pair, evaluating
 from ppl_vae.rng import seeded
 from ppl_vae.sites import Site, base, masked, plate_shape, statements
 
-__all__ = ["Layout", "check_finite", "check_rows", "check_supports", "check_values", "inspect", "position"]
+__all__ = [
+    "Layout",
+    "check_finite",
+    "check_rows",
+    "check_supports",
+    "check_values",
+    "count_values",
+    "inspect",
+    "position",
+]
 
 WORDS = {  # for supports whose own names say little
     constraints.nonnegative_integer: "whole numbers 0, 1, 2, ... in floating point (bytes are pixels, x / 255)",
@@ -78,7 +87,7 @@ def inspect(pair: Pair, batch: Batch) -> Layout:
         latents=tuple(guide),
         observed={n: _observation(s, batch) for n, s in model.items() if s["is_observed"]},
         score_only=tuple(n for n, s in guide.items() if not s["fn"].has_rsample),
-        values={n: _values(s) for n, s in guide.items() if not s["fn"].has_rsample},
+        values={n: count_values(s) for n, s in guide.items() if not s["fn"].has_rsample},
         enumerated=enumerated,
         points=_points(model, guide),
         outside=tuple(dict.fromkeys(s["name"] for s in sites if plate_shape(s) is None)),
@@ -118,13 +127,16 @@ def _match(model: dict[str, Site], guide: dict[str, Site]) -> tuple[str, ...]:
     return tuple(sorted(enumerated))
 
 
-def _values(site: Site) -> int | str:
-    """How many values a discrete site has, or why there is no list of them for each datum."""
+def count_values(site: Site, plates: int = 1) -> int | str:
+    """How many values a discrete site has, or why there is no list of them for each datum.
+
+    ``plates`` are those around each draw: the data's, and a second one where there are particles.
+    """
     fn = site["fn"]
     if not fn.has_enumerate_support:
         family = type(base(fn)).__name__
         return f"{family} with events of shape {tuple(fn.event_shape)} gives no list of its values to sum over"
-    if len(plate_shape(site) or ()) != 1:
+    if len(plate_shape(site) or ()) != plates:
         return "it has several draws per datum, in an inner plate"
     if site["mask"] is not None or masked(fn):
         return "it is masked, so its density is not its probability"

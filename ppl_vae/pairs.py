@@ -15,13 +15,14 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from ppl_vae.graphs import capturing
 
-__all__ = ["Batch", "Pair", "Program", "as_pair", "evaluating", "unregistered"]
+__all__ = ["Batch", "Pair", "Program", "as_pair", "evaluating", "prior_guided", "unregistered"]
 
 Batch = tuple[Tensor, ...]
 
@@ -260,6 +261,34 @@ def as_pair(program: Program | Pair) -> Pair:
         pair = Pair(model, guide)
         attributes["_ppl_vae_pair"] = pair  # not setattr: a module would register it inside itself
     return pair
+
+
+def prior_guided(model: Callable[..., Any]) -> Pair:
+    """The pair of a model alone: its guide is the prior, and draws the latents as the model does.
+
+    Bounds of it are those of drawing from the prior, loose but for few latents; `ppl_vae.annealed` needs no
+    better.
+
+    Args:
+        model: callable of a batch of tensors declaring p(x, z | c).
+
+    >>> import pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x), dim=-1):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> pair = prior_guided(model)
+    """
+
+    def guide(*batch: Tensor) -> None:
+        with poutine.block(hide_fn=_is_observed):
+            model(*batch)
+
+    return Pair(model, guide)
+
+
+def _is_observed(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and bool(site["is_observed"])
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Paths from a distribution that is easy to draw from to p(x, z), and Hamiltonian moves along them.
 
-f_β(z) = f_0(z)^(1-β) p(x, z)^β, where f_0 is the prior p(z) or the guide q(z | x). All latents of a datum are one
-vector of real numbers, whatever their sites, plates and supports.
+f_β(z) = f_0(z)^(1-β) p(x, z)^β, where f_0 is the prior p(z) or the guide q(z | x). All continuous latents of a
+datum are one vector of real numbers, whatever their sites, plates and supports. Discrete ones are summed out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.distributions.transforms import Transform
 
 from ppl_vae.capture import Captured, Engine
+from ppl_vae.layout import count_values
 from ppl_vae.pairs import Batch, Pair
+from ppl_vae.products import Precision, products_in
 from ppl_vae.sites import Site, base, statements
 from ppl_vae.traces import by_datum, check_table, check_whole, joint_terms, log_posterior, run_guide, run_model
 
@@ -28,6 +30,7 @@ __all__ = ["Coordinates", "Path", "Place", "Start"]
 
 Start = Literal["prior", "guide"]
 CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises)
+MOST = 1000  # combinations of values of discrete latents
 JITTER = 0.2  # share of a step size that is drawn anew for each move
 
 
@@ -39,20 +42,31 @@ class _Part(NamedTuple):
 
 
 class Coordinates:
-    """Latents of all sites as one vector of real numbers for each particle and datum.
+    """Latents of all sites as one vector of real numbers for each particle and datum, and a list of values.
 
     Args:
-        sites: the latent sites of a run of the model.
+        sites: the latent sites of a run of the model on particles.
+
+    Attributes:
+        parts: continuous site -> its place in the vector.
+        values: discrete site -> its values (C, *event) in each of the C combinations that all of them have.
+        combinations: C; 1 where nothing is discrete.
 
     Raises:
-        ValueError: nothing is latent; a latent is discrete, or its support depends on other latents.
+        ValueError: nothing is latent; a latent is discrete without a list of values, or these have too many
+            combinations; a support depends on other latents.
     """
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         if not sites:
             raise ValueError("program: nothing is latent, so there is nothing to anneal; see `log_likelihood`")
+        discrete = {name: site for name, site in sites.items() if site["fn"].support.is_discrete}
+        self.values = _combined({name: _listed(name, site) for name, site in discrete.items()})
+        self.combinations = len(next(iter(self.values.values()))) if discrete else 1
         self.parts: dict[str, _Part] = {}
         for name, site in sites.items():
+            if name in discrete:
+                continue
             transform, value = _onto_support(name, site["fn"]), by_datum(site, site["value"])
             free = transform.inv(value)
             try:
@@ -63,12 +77,18 @@ class Coordinates:
 
     def pack(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Latents, each (K, B, *plates, *event), as vectors (K, B, D)."""
+        if not self.parts:
+            shape = next(iter(latents.values())).shape[:2]
+            return torch.zeros(*shape, 0, device=next(iter(latents.values())).device)
         free = (part.transform.inv(latents[name]) for name, part in self.parts.items())
         return torch.cat([z.reshape(*z.shape[:2], -1) for z in free], -1)
 
     def unpack(self, state: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Vectors (K, B, D) as latents, and the log-volume |det ∂z / ∂state|, (K, B)."""
-        volume, latents = state.new_zeros(state.shape[:2]), {}
+        volume = state.new_zeros(state.shape[:2])
+        latents: dict[str, Tensor] = {}
+        if not self.parts:
+            return latents, volume
         pieces = torch.split(state, [math.prod(p.shape) for p in self.parts.values()], -1)
         for (name, part), piece in zip(self.parts.items(), pieces, strict=True):
             free = piece.reshape(*state.shape[:2], *part.shape)
@@ -78,6 +98,35 @@ class Coordinates:
         return latents, volume
 
 
+def _listed(name: str, site: Site) -> Tensor:
+    """The values of a discrete site, (C, *event).
+
+    Raises:
+        ValueError: there is no list of them for each datum.
+    """
+    found, fn = count_values(site, plates=2), site["fn"]
+    if isinstance(found, str):
+        raise ValueError(
+            f"site {name!r}: it is discrete, has no gradient to anneal along, and cannot be summed out: {found}; "
+            "judge by `log_likelihood`"
+        )
+    support: Tensor = fn.enumerate_support(expand=False)
+    return support.reshape(found, *fn.event_shape)
+
+
+def _combined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of several sites (C_i, *event), each in all combinations with the others, (C, *event)."""
+    count = math.prod(len(v) for v in values.values())
+    if count > MOST:
+        raise ValueError(
+            f"site {min(values)!r}: {', '.join(values)} have {count} combinations of values, more than the {MOST} "
+            "that are summed over; judge by `log_likelihood`"
+        )
+    places = torch.cartesian_prod(*(torch.arange(len(v)) for v in values.values())) if values else None
+    columns = [] if places is None else places.reshape(count, -1).unbind(1)
+    return {name: v[at.to(v.device)] for (name, v), at in zip(values.items(), columns, strict=True)}
+
+
 def _onto_support(name: str, fn: TorchDistribution) -> Transform:
     """The map from real numbers onto a site's support.
 
@@ -85,11 +134,6 @@ def _onto_support(name: str, fn: TorchDistribution) -> Transform:
         ValueError: there is none, or another one for other parameters.
     """
     family, support = type(base(fn)), fn.support
-    if support.is_discrete:
-        raise ValueError(
-            f"site {name!r}: {family.__name__} is discrete, and has no gradient to anneal along; sum it out in "
-            "the model, or judge by `log_likelihood`"
-        )
     if issubclass(family, Delta):
         raise ValueError(
             f"site {name!r}: the model puts it at a point, where no move is possible; compute it instead"
@@ -146,20 +190,33 @@ class Path:
         batch: a batch, to find the latents with.
         start: f_0: the "prior" p(z), or the "guide" q(z | x).
         engine: how to run.
+        precision: of matrix products within a trajectory, as `Annealing` has it.
         uses: how many moves are expected.
 
     Raises:
         ValueError: what `Coordinates` refuses; a guide whose latents are not the model's alone.
     """
 
-    def __init__(self, pair: Pair, batch: Batch, start: Start, engine: Engine, uses: float = math.inf) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        batch: Batch,
+        start: Start,
+        engine: Engine,
+        precision: Precision = "float32",
+        uses: float = math.inf,
+    ) -> None:
         check_table(pair, batch, 1)
         self.pair, self.start = pair, start
         self.coordinates = Coordinates(self._drawn(batch, 1, "prior"))
-        if start == "guide" and (extra := set(self._drawn(batch, 1, "guide")) - set(self.coordinates.parts)):
+        known = {*self.coordinates.parts, *self.coordinates.values}
+        if start == "guide" and (extra := set(self._drawn(batch, 1, "guide")) - known):
             raise ValueError(f"start='guide': it also draws {min(extra)!r}, which the model does not; use 'prior'")
-        self.engine = engine
+        self.engine, self.precision = engine, precision
         self.leapt = Captured(engine, [pair], self._leap, lambda *_: uses)
+        self.passed = self.leapt
+        if precision != "float32":
+            self.passed = Captured(engine, [pair], self._pass, lambda *_: uses)
 
     @torch.no_grad()
     def draw(self, batch: Batch, particles: int) -> Tensor:
@@ -183,15 +240,28 @@ class Path:
         with torch.enable_grad():
             state = state.detach().requires_grad_()
             latents, volume = self.coordinates.unpack(state)
-            prior, likelihood = joint_terms(self.pair, latents, *batch)
-            if self.start == "prior":
-                first, ratio = prior + volume, likelihood
-            else:
-                first = log_posterior(self.pair, latents, *batch)
-                first, ratio = first + volume, prior + likelihood - first
+            first, ratio = self._densities(latents, len(state), batch)
+            first = first + volume
             check_whole(ratio, batch)
             slopes = [_slope(value, state) for value in (first, ratio)]
         return first.detach(), ratio.detach(), *slopes
+
+    def _densities(self, latents: Mapping[str, Tensor], particles: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log f_0 and the log ratio at continuous latents, discrete ones summed out of p and f_0, (K, B)."""
+        count, size = self.coordinates.combinations, len(batch[0])
+        if count > 1:  # every value on rows of its own
+            latents = {name: z.repeat(count, *[1] * (z.dim() - 1)) for name, z in latents.items()}
+        for name, value in self.coordinates.values.items():
+            rows = value.repeat_interleave(particles, 0).unsqueeze(1)
+            latents = {**latents, name: rows.expand(-1, size, *rows.shape[2:])}
+        prior, likelihood = joint_terms(self.pair, latents, *batch)
+        if count == 1 and self.start == "prior":
+            return prior, likelihood
+        first = prior if self.start == "prior" else log_posterior(self.pair, latents, *batch)
+        joint = prior + likelihood
+        if count > 1:
+            first, joint = (table.reshape(count, -1, size).logsumexp(0) for table in (first, joint))
+        return first, joint - first
 
     def _leap(
         self,
@@ -210,8 +280,16 @@ class Path:
         momentum = half + 0.5 * step * _tilted(first_slope, ratio_slope, beta)
         return state, momentum, first, ratio, first_slope, ratio_slope
 
+    def _pass(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """A leapfrog step within a trajectory, where no density counts, and any force will do that is one."""
+        with products_in(self.precision):
+            return self._leap(*tensors)
+
     def move(self, here: Place, beta: Tensor, step: Tensor, leapfrog: int, batch: Batch) -> tuple[Place, Tensor]:
         """One Hamiltonian move that leaves f_β as it is: leapfrog steps, accepted or not (Neal 2011, eq. 3.6).
+
+        Whatever the force within a trajectory, it runs backwards and keeps volume, as long as the force is a
+        function of the place. So it may be rounded there; at both ends, energies and slopes are whole.
 
         Args:
             here: where the particles are.
@@ -227,8 +305,9 @@ class Path:
         # Lengths vary at random, lest a trajectory comes back to where it began (Neal 2011, section 3.2).
         step = step * (1 + JITTER * (2 * torch.rand_like(here.first).unsqueeze(-1) - 1))
         there, after = here, momentum
-        for _ in range(leapfrog):
-            state, after, *rest = self.leapt(
+        for left in reversed(range(leapfrog)):
+            leap = self.passed if left else self.leapt
+            state, after, *rest = leap(
                 there.state, after, there.first_slope, there.ratio_slope, beta, step, *batch
             )
             there = Place(state, *rest)

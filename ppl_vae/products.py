@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vae.files import write_whole
 
-__all__ = ["DEFAULT", "Bfloat16Products", "choose_products"]
+__all__ = ["DEFAULT", "Bfloat16Products", "Precision", "choose_products", "products_in"]
 
 aten = torch.ops.aten
 DEFAULT = "PyTorch's default matrix products"
+
+Precision = Literal["float32", "bf16"]
 
 MARGIN = 0.97  # oneDNN must take less than this share of the other's time: a tie keeps PyTorch's own choice
 SECONDS = 0.02  # for timing each library on each product
@@ -66,6 +69,17 @@ class Bfloat16Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(result, tuple):
             return tuple(r if r is None else r.to(torch.float32) for r in result)
         return result.to(torch.float32)
+
+
+def products_in(precision: Precision) -> AbstractContextManager[object]:
+    """A precision, as a context in which to compute values and gradients.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if precision not in ("float32", "bf16"):
+        raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
+    return Bfloat16Products() if precision == "bf16" else nullcontext()
 
 
 def _single(value: Any) -> bool:

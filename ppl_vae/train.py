@@ -17,9 +17,10 @@ from ppl_vae.hooks import Hook, Progress
 from ppl_vae.loop import Loop, NonFiniteError, Run
 from ppl_vae.objectives import ELBO, Objective, Part, as_objective
 from ppl_vae.pairs import Pair, Program, as_pair
+from ppl_vae.products import Precision
 from ppl_vae.rng import seeded
 from ppl_vae.steps import Feed
-from ppl_vae.updates import Precision, Update, trained_by
+from ppl_vae.updates import Update, trained_by
 
 __all__ = ["NonFiniteError", "Run", "Update", "as_device", "default_device", "fit"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,12 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from ppl_vae.objectives import Objective
 from ppl_vae.pairs import Batch, Pair, evaluating
-from ppl_vae.products import Bfloat16Products
+from ppl_vae.products import Precision, products_in
 from ppl_vae.rng import seeded
 from ppl_vae.sites import statements
 from ppl_vae.traces import check_table, log_density, run_guide, run_model, with_values
 
-__all__ = ["Precision", "Update", "gradients", "trained_by"]
-
-Precision = Literal["float32", "bf16"]
+__all__ = ["Update", "gradients", "trained_by"]
 
 
 class Update:
@@ -48,8 +46,7 @@ class Update:
         clip_norm: float | None = None,
         precision: Precision = "float32",
     ) -> None:
-        if precision not in ("float32", "bf16"):
-            raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
+        products_in(precision)  # refused before anything is trained
         self.name, self.pair, self.objective = name, pair, objective
         self.optimizer, self.clip_norm, self.precision = optimizer, clip_norm, precision
         self._adam = _FusedAdam(optimizer)
@@ -66,7 +63,7 @@ class Update:
 
     def products(self) -> AbstractContextManager[object]:
         """The precision, as a context in which to compute values and gradients."""
-        return Bfloat16Products() if self.precision == "bf16" else nullcontext()
+        return products_in(self.precision)
 
     def apply(self, found: Sequence[Tensor | None]) -> None:
         """Take the optimizer's step along given gradients, one for each of ``parameters``."""

@@ -13,12 +13,13 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import ppl_vae as pv
-from ppl_vae.annealing import Annealing, AnnealingError, _pilot, _spaced, _Weights, annealed, sandwich, schedule
+from ppl_vae.annealing import AnnealingError, _Weights, annealed, sandwich
 from ppl_vae.capture import Engine
 from ppl_vae.layout import inspect
 from ppl_vae.pairs import Pair, as_pair
 from ppl_vae.paths import Path
 from ppl_vae.rng import seeded
+from ppl_vae.schedules import Annealing, pilot, schedule, spaced
 from ppl_vae.traces import joint_terms, log_posterior
 
 FEW = Annealing(chains=16, distributions=60, leapfrog=4)
@@ -187,7 +188,7 @@ def test_reverse_weights_are_unbiased():
     path, settings = path_of(program, x), Annealing(chains=1, distributions=5, leapfrog=2)
     weights = _Weights(settings, "upper")
     exact = path.coordinates.pack({"z": posterior_draws(program, x, 1)})
-    weights.add(path, _pilot(path, settings, (x,)), (x,), exact)
+    weights.add(path, pilot(path, settings, (x,)), (x,), exact)
     shares = (weights.weights[0][:, 0] + program.log_evidence(x).detach()).exp()
     assert abs(shares.mean() - 1) < 4 * shares.std() / 3000**0.5
     assert shares.std() / 3000**0.5 < 0.1
@@ -354,7 +355,7 @@ def test_schedules(kind, steps):
 
 @pytest.mark.parametrize("spreads", [[0.0] * 5, [0, 0, 1, 2, 1], [1, 1, 1, 0, 0], [1e20, 1, 1, 1, 1]])
 def test_an_adaptive_schedule_goes_from_0_to_1(spreads):
-    betas = _spaced(torch.linspace(0, 1, 5).double(), torch.tensor(spreads).double(), 20)
+    betas = spaced(torch.linspace(0, 1, 5).double(), torch.tensor(spreads).double(), 20)
     assert (betas[0], betas[-1], len(betas)) == (0, 1, 21)
     assert (betas.diff() >= 0).all()
 
@@ -449,7 +450,7 @@ def test_programs_that_cannot_be_annealed():
     density = pv.Density(pv.Normal(pv.Constant(torch.zeros(1), learned=True), 1.0))
     apart = Pair(observed_apart, same_latents)
     for call, message in (
-        (lambda: annealed(Discrete(), torch.rand(3, 4), FEW), "site 'z': Bernoulli is discrete"),
+        (lambda: annealed(Discrete(), torch.rand(3, 4), FEW), "'z': it is discrete, .*: Bernoulli with events"),
         (
             lambda: annealed(Pair(uniform, uniform_guide), x, FEW),
             "support of Uniform has tensors",

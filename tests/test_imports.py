@@ -18,7 +18,7 @@ LAYERS = [
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
     "enumeration",
     "streams batches holding capture updates steps hooks loop train estimates streaming densities evaluate "
-    "disentangling paths annealing",
+    "disentangling paths schedules annealing",
     "data plots arviz_export film checkpoint settings plan axes config runs flags cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
