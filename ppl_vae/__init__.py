@@ -15,11 +15,13 @@
 
 from ppl_vae.adversaries import Adversary
 from ppl_vae.alternating import PIWAE, RWS, Alternating, Wake
+from ppl_vae.amortisation import Gaps, gaps
 from ppl_vae.annealing import AnnealingError, annealed, sandwich
 from ppl_vae.arviz_export import to_arviz
 from ppl_vae.batches import Data, Stream
 from ppl_vae.belief import sigmoid_belief_network
 from ppl_vae.bounds import Bound, Grouped, Mixed, Renyi, Thermodynamic
+from ppl_vae.calibration import Calibration, sbc
 from ppl_vae.checkpoint import Save, load_weights, save_weights
 from ppl_vae.conditionals import (
     Conditional,
@@ -34,7 +36,9 @@ from ppl_vae.conditionals import (
 from ppl_vae.config import Config, build
 from ppl_vae.convolutions import ConvDecoder, ConvEncoder
 from ppl_vae.counts import NegativeBinomial, Poisson
+from ppl_vae.criticism import PredictiveCheck, predictive_check
 from ppl_vae.data import Images, digits, fashion_mnist, from_path, mnist
+from ppl_vae.decomposition import Decomposition, RateDistortion, RatePoint, decompose, rate_distortion
 from ppl_vae.densities import LogJoint
 from ppl_vae.discrete import Bits, Constant, OneHotCategorical, RelaxedBernoulli, RelaxedCategorical, Simplex
 from ppl_vae.disentangling import factor_score, mutual_information, mutual_information_gap
@@ -54,6 +58,7 @@ from ppl_vae.evaluate import (
 )
 from ppl_vae.film import Film
 from ppl_vae.flows import Flow, Flowed, planar, radial
+from ppl_vae.generators import FittedScale, Generator, fit_scale
 from ppl_vae.hamiltonian import Hamiltonian, Joint
 from ppl_vae.hierarchies import HierarchicalVAE, LadderVAE
 from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, Progress, cyclical, linear
@@ -61,6 +66,7 @@ from ppl_vae.likelihoods import Bernoulli, Beta, ContinuousBernoulli, StudentT
 from ppl_vae.models import CVAE, VAE, Density
 from ppl_vae.nets import MLP, Batched, Concat, Modulated, OneHot, Residual
 from ppl_vae.objectives import ELBO, IWAE, BoundObjective, Objective, Part, PyroObjective
+from ppl_vae.overfitting import Generalisation, generalisation
 from ppl_vae.pairs import Pair, Program, as_pair, prior_guided
 from ppl_vae.penalties import (
     MMD,
@@ -83,16 +89,30 @@ from ppl_vae.priors import (
     conditional_normal,
     flow_prior,
 )
+from ppl_vae.proposals import widened
+from ppl_vae.refining import (
+    Local,
+    LocalFamily,
+    Refined,
+    RefiningError,
+    local_flow,
+    local_full_covariance,
+    local_mean_field,
+    refine,
+)
 from ppl_vae.runs import RunFolder, load_run, train_run
 from ppl_vae.scalars import AffineMap, ScalarMap, SplineMap
 from ppl_vae.schedules import Annealing
 from ppl_vae.scores import NVIL, Score, leave_one_out, score, vimco
+from ppl_vae.semiamortised import SemiAmortised
 from ppl_vae.semisupervised import SemiSupervisedVAE, hide_labels
 from ppl_vae.sequences import BackwardGRU, DeepMarkovModel, combiner, gated_transition
+from ppl_vae.tails import khat_threshold, pareto
 from ppl_vae.traces import LogTerms, log_joint, log_terms
 from ppl_vae.train import NonFiniteError, Run, Update, fit
 from ppl_vae.transforms import Transform, dequantise, redraw, threshold
 from ppl_vae.triangular import coupling, inverse_autoregressive, masked_autoregressive
+from ppl_vae.weighing import importance
 
 __version__ = "0.1.0"
 __all__ = [
@@ -125,8 +145,9 @@ __all__ = [
     "Flowed",
     "FullCovariance",
     "gated_transition",
-    "hide_labels",
+    "Generator",
     "Hamiltonian",
+    "hide_labels",
     "HierarchicalVAE",
     "inverse_autoregressive",
     "Joint",
@@ -221,6 +242,7 @@ __all__ = [
     "RWS",
     "Score",
     "score",
+    "SemiAmortised",
     "sticking",
     "Thermodynamic",
     "TotalCorrelation",
@@ -233,14 +255,30 @@ __all__ = [
     "annealed",
     "Annealing",
     "AnnealingError",
-    "average",
     "Average",
+    "average",
     "bits_per_dimension",
+    "Calibration",
     "decode",
+    "decompose",
+    "Decomposition",
     "elbo",
     "encode",
     "Estimate",
     "factor_score",
+    "fit_scale",
+    "FittedScale",
+    "Gaps",
+    "gaps",
+    "Generalisation",
+    "generalisation",
+    "importance",
+    "khat_threshold",
+    "Local",
+    "local_flow",
+    "local_full_covariance",
+    "local_mean_field",
+    "LocalFamily",
     "log_joint",
     "log_likelihood",
     "log_terms",
@@ -248,12 +286,23 @@ __all__ = [
     "LogTerms",
     "mutual_information",
     "mutual_information_gap",
+    "pareto",
+    "predictive_check",
+    "PredictiveCheck",
+    "rate_distortion",
+    "RateDistortion",
+    "RatePoint",
     "reconstruct",
+    "refine",
+    "Refined",
+    "RefiningError",
     "sample",
     "Sandwich",
     "sandwich",
+    "sbc",
     "squared_mmd",
     "to_arviz",
+    "widened",
     # keep
     "build",
     "Config",

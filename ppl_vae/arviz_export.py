@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ppl_vae.batches import Data, as_data
-from ppl_vae.evaluate import presented
+from ppl_vae.evaluate import check_density, presented
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.predictive import predict
 from ppl_vae.rng import seeded
 from ppl_vae.sites import Site, data_first
+from ppl_vae.tails import FEWEST, pareto
 from ppl_vae.traces import by_datum, log_terms, run_pair
 
 __all__ = ["build", "to_arviz"]
@@ -32,6 +33,7 @@ Groups = dict[str, dict[str, Tensor]]
 _ROWS = 20_000  # draws x data that go through the nets at once
 _LIMIT = 2**32  # bytes of one variable
 _DIMENSIONS = ("chain", "draw", "datum")
+_UNDRAWN = ("observed_data", "constant_data")  # groups of what has no draws
 
 
 def to_arviz(
@@ -42,8 +44,9 @@ def to_arviz(
     seed: int = 0,
     max_data: int = 100,
     predictive: bool = True,
+    resampled: int | None = None,
 ) -> Any:
-    """Draws from the guide, and what goes with them, as ArviZ takes it.
+    """Draws from the guide, or from the posterior as importance sampling has it, and what goes with them.
 
     The groups, all values in nats where they are log-densities:
 
@@ -53,9 +56,13 @@ def to_arviz(
       several; (chain, draw, datum).
     - sample_stats: log_weight = log p(x, z) - log q(z | x); (chain, draw, datum).
     - observed_data: each observed site; (datum, site_dim).
+    - constant_data: khat, the Pareto shape of each datum's weights, where there are 25 of them or more; (datum).
 
     Draws are independent, so there is one chain, and diagnostics of mixing have nothing to find. They come
-    from the guide, not from the exact posterior; log_weight is what importance sampling corrects them by.
+    from the guide, not from the exact posterior; log_weight is what importance sampling corrects them by. With
+    ``resampled`` the correction is made: so many draws of the guide are weighed, the weights' tails smoothed, and
+    ``draws`` of them chosen in proportion (sampling importance resampling, Rubin 1988). What stands in the groups
+    is then about the posterior's, as far as khat allows; draws may repeat, and log_weight is what they had.
     Each datum has latents of its own, so leave-one-out statistics of log_likelihood leave nothing out:
     compare models by `ppl_vae.log_likelihood` instead.
 
@@ -66,17 +73,23 @@ def to_arviz(
         seed: of the draws; the caller's random state is left as it is.
         max_data: the first so many data are exported.
         predictive: whether to draw the observed sites too: for images by far the largest group.
+        resampled: of how many draws of the guide those exported are chosen by weight; at least ``draws``.
 
     Returns:
         ``arviz.InferenceData`` (ArviZ 0.23) or ``xarray.DataTree`` (ArviZ 1).
 
     Raises:
-        ValueError: draws or max_data below 1, a variable past 4 GiB, a site called like a dimension, a
-            latent outside the data plate, or data that the pair cannot take.
+        ValueError: draws or max_data below 1, ``resampled`` below draws or 25, a variable past 4 GiB, a site
+            called like a dimension, a latent outside the data plate, a guide that draws points where weights are
+            asked for, or data that the pair cannot take.
     """
     if draws < 1 or max_data < 1:
         raise ValueError(f"draws and max_data must be at least 1; got draws={draws}, max_data={max_data}")
-    pair = as_pair(pair)
+    if resampled is not None and resampled < max(draws, FEWEST):
+        raise ValueError(
+            f"resampled must be at least {max(draws, FEWEST)} (draws, and {FEWEST} for k-hat), got {resampled}"
+        )
+    pair, particles = as_pair(pair), resampled or draws
     with evaluating(pair), torch.no_grad():
         columns = _first(pair, data, max_data, seed)
         device = columns[0].device
@@ -84,19 +97,22 @@ def to_arviz(
             model, guide = run_pair(pair, columns, 1)
         sites = {**model, **guide}
         _check(sites, draws, predictive)
-        size = max(1, _ROWS // draws)
+        if resampled is not None:
+            check_density(pair)
+        size = max(1, _ROWS // particles)
         parts = []
         for start in range(0, len(columns[0]), size):
             batch = tuple(column[start : start + size] for column in columns)
-            parts.append(_draw(pair, batch, draws, (seed * 1_000_003 + start) % 2**63, sites, predictive))
+            with seeded((seed * 1_000_003 + start) % 2**63, device):
+                parts.append(_draw(pair, batch, particles, draws, sites, predictive))
     groups = {group: _joined([part[group] for part in parts]) for group in parts[0]}
     groups["observed_data"] = {n: data_first(s, s["value"]).cpu() for n, s in model.items() if s["is_observed"]}
     arrays = {
-        group: {n: t.numpy() if group == "observed_data" else t[None].numpy() for n, t in values.items()}
+        group: {n: (t if group in _UNDRAWN else t[None]).numpy() for n, t in values.items()}
         for group, values in groups.items()
     }
     dims = {name: _dims(name, site) for name, site in sites.items()}
-    dims |= {"all": ["datum"], "log_weight": ["datum"]}
+    dims |= {"all": ["datum"], "log_weight": ["datum"], "khat": ["datum"]}
     return build(arrays, dims, {"datum": np.arange(len(columns[0]))})
 
 
@@ -108,7 +124,7 @@ def build(
     """Arrays in groups as what the installed ArviZ reads: the one place that knows its versions.
 
     Args:
-        groups: group -> variable -> array (chain, draw, ...); no chain and draw in observed_data.
+        groups: group -> variable -> array (chain, draw, ...); no chain and draw in observed_data, constant_data.
         dims: variable -> names of its dimensions after chain and draw; in log_likelihood the names of a
             variable's event are left over and ignored.
         coords: dimension -> values along it.
@@ -152,29 +168,39 @@ def _check(sites: Mapping[str, Site], draws: int, predictive: bool) -> None:
             )
 
 
-def _draw(pair: Pair, batch: Batch, draws: int, seed: int, sites: Mapping[str, Site], predictive: bool) -> Groups:
-    """All groups but observed_data for one batch: arrays (draw, B, ...) on the CPU."""
-    device = batch[0].device
-    with seeded(seed, device):
-        terms = log_terms(pair, *batch, particles=draws)
-    observed = [name for name, site in sites.items() if site["is_observed"]]
+def _draw(
+    pair: Pair, batch: Batch, particles: int, draws: int, sites: Mapping[str, Site], predictive: bool
+) -> Groups:
+    """All groups but observed_data for one batch: arrays (draw, B, ...) on the CPU, and k-hat (B,)."""
+    terms = log_terms(pair, *batch, particles=particles)
     # Log-densities in float64: ArviZ fits Pareto tails in the type it is given, and fails in float32.
-    groups: Groups = {
-        "posterior": {n: by_datum(sites[n], z).cpu() for n, z in terms.samples.items()},
-        "log_likelihood": {observed[0] if len(observed) == 1 else "all": terms.likelihood.double().cpu()},
-        "sample_stats": {"log_weight": terms.weight().double().cpu()},
+    weight, likelihood = terms.weight().double(), terms.likelihood.double()
+    latents = {n: by_datum(sites[n], z) for n, z in terms.samples.items()}
+    groups: Groups = {}
+    if particles >= FEWEST and not pair.layout.points:
+        khat, smoothed = pareto(weight)
+        groups["constant_data"] = {"khat": khat.cpu()}
+        if particles > draws:
+            chosen = torch.multinomial(smoothed.softmax(0).T, draws, replacement=True).T
+            weight, likelihood = weight.gather(0, chosen), likelihood.gather(0, chosen)
+            latents = {n: z[chosen, torch.arange(len(batch[0]), device=z.device)] for n, z in latents.items()}
+    observed = [name for name, site in sites.items() if site["is_observed"]]
+    groups |= {
+        "posterior": {n: z.cpu() for n, z in latents.items()},
+        "log_likelihood": {observed[0] if len(observed) == 1 else "all": likelihood.cpu()},
+        "sample_stats": {"log_weight": weight.cpu()},
     }
     if predictive:
-        # The guide runs first in both, so under one seed it draws the same z: the groups belong together.
-        with seeded(seed, device):
-            values = predict(pair, *batch, latents="guide", particles=draws)[1]
+        values = predict(pair, *batch, latents=latents, particles=draws, lead=(draws,))[1]
         groups["posterior_predictive"] = {n: x.cpu() for n, x in values.items()}
     return groups
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Batches side by side along the data, dim 1."""
-    return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    """Batches side by side along the data: the last dimension of k-hat, the second of draws."""
+    return {
+        name: torch.cat([part[name] for part in parts], dim=min(1, parts[0][name].dim() - 1)) for name in parts[0]
+    }
 
 
 def _dims(name: str, site: Site) -> list[str]:

@@ -7,7 +7,6 @@ or too little memory in 1.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -23,10 +22,9 @@ from ppl_vae.axes import AXES
 from ppl_vae.batches import Data
 from ppl_vae.config import COMPILE, Config, presented
 from ppl_vae.data import Split
-from ppl_vae.evaluate import ActiveUnits, Estimate, active_units, elbo, log_likelihood, reconstruct, sample
+from ppl_vae.evaluate import ActiveUnits, active_units, reconstruct, sample
 from ppl_vae.files import write_whole
 from ppl_vae.flags import parser
-from ppl_vae.pixels import bits_per_dimension
 from ppl_vae.plots import label_rows, samples, save
 from ppl_vae.runs import (
     METRICS,
@@ -38,7 +36,9 @@ from ppl_vae.runs import (
     train_run,
     write_json,
 )
+from ppl_vae.schedules import Annealing
 from ppl_vae.train import NonFiniteError, as_device, default_device
+from ppl_vae.verdicts import Asked, judge
 
 __all__ = ["COMMANDS", "main"]
 
@@ -90,44 +90,40 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Bound log p(x) on held-out data, with standard errors."""
+    """Bound log p(x) on held-out data, with standard errors, and say whether to believe it."""
     device = as_device(args.device)
     run = load_run(args.folder)
     images = run.images(args.data, args.data_dir)
     split = getattr(images, args.split)[: args.limit]
     data = presented(run.config, split, run.shape)
     run.program.to(device)
+    given = {f.name: getattr(args, f.name) for f in fields(Annealing) if hasattr(args, f.name)}
+    compile = COMPILE[args.compile]
+    asked = Asked(args.particles, args.chunk, args.seed, compile, Annealing(**given), args.subset)
     start = time.perf_counter()
-    settings = {"seed": args.seed, "compile": COMPILE[args.compile]}
-    bounds: dict[str, tuple[Estimate, int, str]] = {}
-    if AXES["posterior"][run.config.posterior].density:
-        lower = elbo(run.program, data, min(args.particles, args.chunk), **settings)
-        tight = log_likelihood(run.program, data, args.particles, chunk=args.chunk, **settings)
-        bounds = _bounds(lower, tight, run)
+    verdict = judge(run, data, args.method, asked)
     found = _found(run, data, split, args.seed)
     seconds = time.perf_counter() - start
-    what = (
-        GIVEN.get(run.config.given, "log p(x)").format(labels=run.config.labels)
-        if bounds
-        else "a guide of points, which has no bound"
-    )
+    what = GIVEN.get(run.config.given, "log p(x)").format(labels=run.config.labels)
     print(f"{run.path}: {what} of {len(data)} {args.split} data of {images.name}, {seconds:.1f} s")
-    if bounds:
+    if verdict.rows:
         print("nats per datum, ± standard error over data (and that of the draws alone)")
-        _print_bounds(bounds, tight, args.particles)
+    if text := str(verdict):
+        print(text)
     for name, value in found.items():
         print(f"  {name.replace('_', ' ')}: {'needs two data' if value is None else value}")
-    asked = {name: getattr(args, name) for name in ("split", "particles", "chunk", "seed", "compile")}
+    names = ("split", "particles", "chunk", "seed", "compile", "method")
     how = {
-        "engine": tight.engine if bounds else "eager",
+        "engine": verdict.engine,
         "data": images.name,
         "size": len(data),
         "device": str(device),
         "seconds": seconds,
     }
     held = {name: value.count if isinstance(value, ActiveUnits) else value for name, value in found.items()}
-    write_json(run.path / RESULTS, asked | how | (_results(bounds, tight) if bounds else {}) | held)
-    print(f"written to {run.path / RESULTS}")
+    results = {name: getattr(args, name) for name in names} | how | verdict.results | held
+    written = [write_json(run.path / RESULTS, results), *verdict.write(run.path)]
+    print(f"written to {run.path}: {', '.join(str(path.relative_to(run.path)) for path in written)}")
     return 0
 
 
@@ -144,55 +140,6 @@ def _found(run: RunFolder, data: Data, split: Split, seed: int) -> dict[str, Any
     ):
         found["accuracy"] = round(accuracy(x, split.y.to(x.device)), 4)
     return found
-
-
-def _print_bounds(bounds: dict[str, tuple[Estimate, int, str]], tight: Estimate, particles: int) -> None:
-    for name, (estimate, sign, text) in bounds.items():
-        draws = "" if np.isnan(estimate.monte_carlo_stderr) else f"(draws ± {estimate.monte_carlo_stderr:.3f})"
-        print(f"  {name:<12}{sign * estimate.mean:>10.3f} ± {estimate.mean_stderr:<8.3f}{draws:<18}{text}")
-    ess = tight.diagnostics["ess"]
-    print(f"  effective sample size: median {ess.median():.1f}, least {ess.min():.1f} of {particles}")
-
-
-def _bounds(lower: Estimate, tight: Estimate, run: RunFolder) -> dict[str, tuple[Estimate, int, str]]:
-    """Name -> estimate, the sign to show it with, and what it is."""
-    unknown = torch.full_like(lower.value, torch.nan)
-    rate, distortion = (Estimate(lower.diagnostics[n], unknown, "unbiased") for n in ("rate", "distortion"))
-    bounds = {
-        "ELBO": (lower, 1, "lower bound, -(rate + distortion)"),
-        "rate": (rate, 1, "KL(q || p)"),
-        "distortion": (distortion, 1, "-E_q log p(x | z)"),
-        tight.name: (tight, 1, "lower bound, tighter"),
-        f"-{tight.name}": (tight, -1, "negative log-likelihood, at most"),
-    }
-    eight_bit, noisy = run.config.bits
-    if eight_bit:
-        dims = math.prod(run.shape)
-        value = -bits_per_dimension(tight.value, dims, dequantised=noisy)
-        bits = Estimate(value, tight.stderr / (dims * math.log(2)), "lower")
-        bounds["bits/dim"] = (bits, -1, "bits per dimension of 8-bit data, at most")
-    return bounds
-
-
-def _results(bounds: dict[str, tuple[Estimate, int, str]], tight: Estimate) -> dict[str, Any]:
-    """The bounds, for results.json."""
-    directions = {1: "lower", -1: "upper"}
-    found = {
-        name: {
-            "mean": sign * estimate.mean,
-            "stderr": estimate.mean_stderr,
-            "monte_carlo_stderr": estimate.monte_carlo_stderr,
-            "direction": directions[sign] if estimate.direction == "lower" else estimate.direction,
-        }
-        for name, (estimate, sign, _) in bounds.items()
-    }
-    bits = found.pop("bits/dim", None)
-    ess = tight.diagnostics["ess"]
-    return {
-        "nats_per_datum": found,
-        "bits_per_dimension": bits,
-        "effective_sample_size": {"median": float(ess.median()), "least": float(ess.min())},
-    }
 
 
 def draw(args: argparse.Namespace) -> int:

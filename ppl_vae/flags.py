@@ -9,7 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ppl_vae.config import COMPILE, Config
+from ppl_vae.config import COMPILE, PRECISIONS, Config
+from ppl_vae.schedules import SCHEDULES, STARTS, Annealing
+from ppl_vae.verdicts import METHODS
 
 __all__ = ["parser"]
 
@@ -69,6 +71,14 @@ def parser(version: str, runs: Mapping[str, Command]) -> argparse.ArgumentParser
     )
     p.add_argument("--limit", type=_count, metavar="N", help="judge only the first N data; by default all")
     p.add_argument("--chunk", type=_count, default=100, metavar="N", help="draws held at once (default: 100)")
+    p.add_argument(
+        "--method",
+        choices=(*METHODS, "all"),
+        default="importance",
+        help="importance sampling, annealing, annealing both ways on data drawn from the model, or all of these "
+        "with gaps and calibration (default: importance)",
+    )
+    _annealing_flags(p)
     _seed_flag(p)
     p.add_argument(
         "--compile", choices=COMPILE, default="auto", help="capture and compile: where it pays, always, or never"
@@ -136,6 +146,29 @@ def _flag(parser: Any, f: Any) -> None:
     if kind.startswith("tuple"):
         options["nargs"] = "+"
     parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+
+
+def _annealing_flags(p: argparse.ArgumentParser) -> None:
+    """Flags of the settings that `Annealing` has, with its defaults."""
+    group, default = p.add_argument_group("annealing, refining and simulating"), Annealing()
+    texts = {
+        "chains": "particles per datum",
+        "distributions": "steps from the start to the posterior",
+        "leapfrog": "steps of one move",
+    }
+    for name, text in texts.items():
+        value = getattr(default, name)
+        flag = f"--{name}"
+        group.add_argument(flag, type=_count, default=value, metavar="N", help=f"{text} (default: {value})")
+    for name, choices in (("start", STARTS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        value = getattr(default, name)
+        text = {"start": "where particles start", "schedule": "how steps are spaced"}.get(
+            name, "of matrix products"
+        )
+        group.add_argument(f"--{name}", choices=choices, default=value, help=f"{text} (default: {value})")
+    group.add_argument(
+        "--subset", type=_count, default=100, metavar="N", help="how many data this is done for (default: 100)"
+    )
 
 
 def _seed_flag(p: argparse.ArgumentParser) -> None:

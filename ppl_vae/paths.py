@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -23,13 +22,12 @@ from ppl_vae.capture import Captured, Engine
 from ppl_vae.layout import count_values
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.products import Precision, products_in
-from ppl_vae.sites import Site, base, statements
+from ppl_vae.sites import CIRCULAR, Site, base, statements
 from ppl_vae.traces import by_datum, check_table, check_whole, joint_terms, log_posterior, run_guide, run_model
 
 __all__ = ["Coordinates", "Path", "Place", "Start"]
 
 Start = Literal["prior", "guide"]
-CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises)
 MOST = 1000  # combinations of values of discrete latents
 JITTER = 0.2  # share of a step size that is drawn anew for each move
 

@@ -170,7 +170,7 @@ class TotalCorrelation(Penalty):
         """Mutual information, total correlation, dimension-wise KL: three (B,) whose sum is log q - log p."""
         name = one_latent(model, self.site)
         site, z = guide[name], guide[name]["value"]
-        entry, event = _entries(site), site["fn"].event_dim
+        entry, event = entries(site), site["fn"].event_dim
         if by_datum(site, z).dim() != 2 + event:
             raise ValueError(f"site {name!r}: it stands in a plate inside the data plate, which has no aggregate")
         at = z.dim() - event - 1  # of the data; plates that the site is not in have left ones before it
@@ -339,7 +339,7 @@ def features(site: Site, value: Tensor) -> Tensor:
     return ordered.reshape(*ordered.shape[:2], -1)
 
 
-def _entries(site: Site) -> Any:
+def entries(site: Site) -> Any:
     """The distribution of a site's entries, which must be independent, univariate and unmasked."""
     fn, entry = site["fn"], base(site["fn"])
     if entry.event_shape:
@@ -357,7 +357,7 @@ def _entries(site: Site) -> Any:
 
 def _entry_kl(name: str, model: Sites, guide: Sites) -> Tensor:
     """KL(q || p) of each entry of a latent, (K, B, entries), in nats; closed where it may be, else of the draw."""
-    q, p, value = _entries(guide[name]), _entries(model[name]), guide[name]["value"]
+    q, p, value = entries(guide[name]), entries(model[name]), guide[name]["value"]
     kl: Tensor | None = None
     if mean_field_problem(name, model, guide) is None and not isinstance(q, Delta):
         with suppress(NotImplementedError):  # no closed form is known

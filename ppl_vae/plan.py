@@ -22,6 +22,7 @@ from ppl_vae.nets import MLP, Concat, Modulated, OneHot
 from ppl_vae.pixels import Categorical, DiscretisedLogistic, LogisticMixture
 from ppl_vae.posteriors import FullCovariance, LowRank, MixtureOfNormals, Point, mean_field
 from ppl_vae.priors import LearnedNormal, MixturePrior, StandardNormal, VampPrior, conditional_normal, flow_prior
+from ppl_vae.refining import LocalFamily, local_full_covariance, local_mean_field
 from ppl_vae.scalars import SplineMap
 from ppl_vae.triangular import coupling, inverse_autoregressive, masked_autoregressive
 
@@ -53,6 +54,7 @@ class Choice:
         prior: for posteriors that need one of their own: `Plan` -> it.
         front: for the same: what maps their draws to what a decoder takes.
         density: for posteriors, whether they have one, and with it bounds.
+        local: for posteriors, the family in which that of each datum is refined to see what its net loses.
         data: for likelihoods, what they are of: any real numbers, those of [0, 1], bits, 256 levels, or counts.
         given: for programs, what they take besides the data: the label, as far as it is known, or the sum.
         own: for programs with a prior and a posterior of their own.
@@ -64,6 +66,7 @@ class Choice:
     prior: Callable[[Plan], Conditional] | None = None
     front: Callable[[], nn.Module] | None = None
     density: bool = True
+    local: LocalFamily = local_mean_field
     data: Literal["real", "unit", "binary", "levels", "counts"] = "real"
     given: Literal["", "label", "known label", "sum"] = ""
     own: bool = False
@@ -255,25 +258,35 @@ POSTERIORS: dict[str, Choice] = {
     "low-rank": Choice(
         lambda p: LowRank(p.encoder(p.latent * (2 + p.config.rank)), p.latent, p.config.rank),
         "normal with a low-rank covariance besides the diagonal",
+        local=local_full_covariance,
     ),
     "full-covariance": Choice(
-        lambda p: FullCovariance(p.encoder(p.latent * (p.latent + 3) // 2)), "normal with a full covariance"
+        lambda p: FullCovariance(p.encoder(p.latent * (p.latent + 3) // 2)),
+        "normal with a full covariance",
+        local=local_full_covariance,
     ),
-    "planar": Choice(lambda p: _flowed(p, planar(p.latent, p.config.depth)), "planar flow"),
-    "radial": Choice(lambda p: _flowed(p, radial(p.latent, p.config.depth)), "radial flow"),
+    "planar": Choice(
+        lambda p: _flowed(p, planar(p.latent, p.config.depth)), "planar flow", local=local_full_covariance
+    ),
+    "radial": Choice(
+        lambda p: _flowed(p, radial(p.latent, p.config.depth)), "radial flow", local=local_full_covariance
+    ),
     "iaf": Choice(
         lambda p: _flowed(p, inverse_autoregressive(p.latent, _flow_width(p), p.config.depth)),
         "inverse autoregressive flow",
+        local=local_full_covariance,
     ),
     "spline": Choice(
         lambda p: _flowed(p, coupling(p.latent, _flow_width(p), p.config.depth, scalar=SplineMap(bound=5.0))),
         "coupling flow of rational splines",
+        local=local_full_covariance,
     ),
     "mixture": Choice(
         lambda p: MixtureOfNormals(
             p.encoder(p.config.components * (1 + 2 * p.latent)), p.latent, p.config.components
         ),
         "mixture of diagonal normals",
+        local=local_full_covariance,
     ),
     "point": Choice(
         lambda p: Point(p.encoder(p.latent)), "a point: an autoencoder, which has no bound", density=False
@@ -283,6 +296,7 @@ POSTERIORS: dict[str, Choice] = {
             mean_field(p.encoder(2 * p.latent)), Joint(p.prior, p.likelihood), p.latent, steps=p.config.depth
         ),
         "diagonal normal moved by leapfrog steps",
+        local=local_full_covariance,
     ),
     "bernoulli": Choice(
         lambda p: Bernoulli(p.encoder(p.latent)),

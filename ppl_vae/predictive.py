@@ -46,6 +46,7 @@ def predict(
     *batch: Tensor,
     latents: Literal["prior", "guide", "means"] | Mapping[str, Tensor] = "guide",
     particles: int = 1,
+    lead: tuple[int, ...] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Run the model with its observations left free.
 
@@ -53,8 +54,9 @@ def predict(
         pair: the pair.
         *batch: a batch; what the model observes of it serves as a shape only, and as input of the guide.
         latents: drawn from the "prior", from the "guide", the "means" of the guide, or given by name, each
-            (B, *plates, *event).
+            (*lead, B, *plates, *event).
         particles: K.
+        lead: (K,), or () for given values that all particles share.
 
     Returns:
         Latents, draws of the observed sites, and means of the observed sites: name -> (K, B, *event), with
@@ -72,7 +74,7 @@ def predict(
             given = run_guide(pair, batch, particles)
     else:
         given = run_guide(pair, batch, particles)
-    sites = statements(run_model(pair, batch, particles, given, free=True))
+    sites = statements(run_model(pair, batch, particles, given, lead=lead, free=True))
     observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
     return (
         {n: by_datum(s, s["value"]) for n, s in sites.items() if n not in observed},

@@ -66,8 +66,10 @@ __all__ = ["RunFolder", "draw_figures", "installed", "load_run", "train_run", "w
 
 FORMAT = 1
 RECORD, WEIGHTS, METRICS, RESULTS = "run.json", "weights.safetensors", "metrics.csv", "results.json"
+TABLE, EACH = "results.csv", "per_datum.csv"
 FIGURES, EVENTS, FILM = "figures", "tensorboard", "film.gif"
 DRAWN = ("curves.png", "reconstructions.png", "latent.png", "labels.png", "samples.png", "plane.png")
+JUDGED = ("bounds.png", "khat.png", "annealing.png", "sandwich.png", "gaps.png", "calibration.png")
 FILMED, SCATTERED, MOST_ROWS = 24, 1000, 50  # how many data the film and the scatter show, how many labels
 
 
@@ -378,7 +380,8 @@ def _open_folder(path: Path) -> Path:
 
 def _clear(path: Path) -> None:
     """Delete what a run writes, and nothing else."""
-    for name in (RECORD, WEIGHTS, METRICS, RESULTS, *(f"{FIGURES}/{name}" for name in (*DRAWN, FILM))):
+    figures = (f"{FIGURES}/{name}" for name in (*DRAWN, *JUDGED, FILM))
+    for name in (RECORD, WEIGHTS, METRICS, RESULTS, TABLE, EACH, *figures):
         (path / name).unlink(missing_ok=True)
     if (path / EVENTS).is_dir():
         shutil.rmtree(path / EVENTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ppl_vae.products import Precision, products_in
 __all__ = ["Annealing", "Plan", "pilot", "schedule", "spaced"]
 
 Schedule = Literal["linear", "sigmoid", "adaptive"]
+STARTS, SCHEDULES = get_args(Start), get_args(Schedule)
 RADIUS = 4.0  # of the sigmoid schedule, as Wu et al. have it
 RATE = 1.0  # how fast a pilot's log step sizes follow the acceptance
 PILOTS = 4  # chains of a pilot
@@ -62,7 +63,7 @@ class Annealing:
                 f"distributions must be at least 2, got {self.distributions}; one is importance sampling: use "
                 "`log_likelihood`"
             )
-        for name, choices in (("start", ("prior", "guide")), ("schedule", ("linear", "sigmoid", "adaptive"))):
+        for name, choices in (("start", STARTS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         products_in(self.precision)

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Independent
 
-__all__ = ["Site", "base", "data_first", "family", "hand_scale", "masked", "mean_of", "plate_shape", "statements"]
+__all__ = [
+    "CIRCULAR",
+    "Site",
+    "base",
+    "data_first",
+    "family",
+    "hand_scale",
+    "masked",
+    "mean_of",
+    "plate_shape",
+    "statements",
+]
 
 Site = dict[str, Any]
+CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises)  # their support is called real, and is not
 WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
 
 

@@ -19,6 +19,7 @@ from ppl_vae.objectives import ELBO, Objective, Part, as_objective
 from ppl_vae.pairs import Pair, Program, as_pair
 from ppl_vae.products import Precision
 from ppl_vae.rng import seeded
+from ppl_vae.semiamortised import SemiAmortised
 from ppl_vae.steps import Feed
 from ppl_vae.updates import Update, trained_by
 
@@ -70,6 +71,7 @@ def fit(
     report_every: int = 50,
     compile: Compile = "auto",
     precision: Precision = "float32",
+    refine: int = 0,
 ) -> Run:
     """Train a (model, guide) pair by stochastic variational inference.
 
@@ -98,6 +100,8 @@ def fit(
             while training in tensors: a Python number is part of the graph, and another one asks for another.
         precision: "float32", or "bf16" for matrix products and convolutions of training steps in bfloat16:
             faster where the processor has them, at some thousandths of relative error in each product.
+        refine: steps that refine the posterior of each datum before the model learns from it, as `SemiAmortised`
+            has it; 0 for none.
 
     Returns:
         The run. Ctrl-C ends it early: hooks save, and what there is comes back, ``interrupted`` set.
@@ -108,9 +112,9 @@ def fit(
         NonFiniteError: the objective or a parameter became NaN or infinite; the pair holds the parameters of its
             best epoch, or without validation the last whose objective was finite.
     """
-    for name, number in (("epochs", epochs), ("report_every", report_every)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    for name, number, least in (("epochs", epochs, 1), ("report_every", report_every, 1), ("refine", refine, 0)):
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
     if wrong := [hook for hook in hooks if not isinstance(hook, Hook)]:
         raise ValueError(f"hooks: expected instances of Hook, got {wrong[0]!r}")
     if clip_norm is not None and not clip_norm > 0:
@@ -118,7 +122,8 @@ def fit(
     if scheduler_every not in ("epoch", "step"):
         raise ValueError(f"scheduler_every must be 'epoch' or 'step', got {scheduler_every!r}")
     device, engine = as_device(device), Engine(compile)
-    goal = _moved(as_objective(ELBO() if objective is None else objective), device)
+    goal = as_objective(ELBO() if objective is None else objective)
+    goal = _moved(SemiAmortised(goal, refine) if refine else goal, device)
     pair = as_pair(program).to(device)
     with seeded(seed, device):
         source = prepare(pair, train, batch_size, device)

@@ -14,6 +14,7 @@ from ppl_vae.arviz_export import build, to_arviz
 from ppl_vae.batches import Data
 from ppl_vae.evaluate import log_likelihood
 from ppl_vae.pairs import Pair
+from ppl_vae.tails import pareto
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever ArviZ says when it is imported
@@ -245,6 +246,38 @@ def test_importance_weights_reach_the_exact_evidence(pair, x):
     assert (np.abs(estimate - exact) < 5 * stderr).all()
 
 
+def test_resampled_draws_are_the_posteriors(pair, x):
+    # The posterior's mean and a scale of 0.6, wider than the posterior's.
+    precision = W.T @ W / SIGMA**2 + torch.eye(2)
+    covariance = torch.linalg.inv(precision)
+    with torch.no_grad():
+        pair.encode.weight.copy_(covariance @ W.T / SIGMA**2)
+        pair.encode.bias.zero_()
+    tree = to_arviz(pair, x, draws=2000, resampled=20_000)
+    z = values(tree, "posterior", "z")[0]
+    exact = (x @ W / SIGMA**2 @ covariance).numpy()
+    spread = covariance.diagonal().sqrt().numpy()
+    # 2000 draws, some of them repeated; the proposals' error is a third of that or less. Five standard errors.
+    np.testing.assert_allclose(z.mean(0), exact, atol=5 * 1.5 * spread.max() / math.sqrt(2000))
+    assert np.abs(np.cov(z[:, 0].T) / covariance.numpy() - 1).max() < 0.25  # the guide's has no correlation at all
+    # Predictions, likelihoods and weights are those of the draws that were chosen.
+    noise = values(tree, "posterior_predictive", "x")[0] - z @ W.T.numpy()
+    assert noise.std() == pytest.approx(SIGMA, rel=0.01)
+    likelihood = normal(x.numpy(), z @ W.T.numpy(), SIGMA).sum(-1)
+    np.testing.assert_allclose(values(tree, "log_likelihood", "x")[0], likelihood, rtol=1e-4, atol=1e-4)
+    khat = tree["constant_data"]["khat"]
+    assert khat.dims == ("datum",)
+    assert (khat.values < 0.3).all()  # bounded weights
+
+
+def test_khat_is_that_of_the_exported_weights(pair, x):
+    tree = to_arviz(pair, x, draws=200, predictive=False)
+    weights = torch.tensor(values(tree, "sample_stats", "log_weight")[0])
+    np.testing.assert_allclose(tree["constant_data"]["khat"].values, pareto(weights)[0].numpy())
+    few = to_arviz(pair, x, draws=5, predictive=False)
+    assert "constant_data" not in (few.groups() if callable(few.groups) else few.children)
+
+
 def test_build_takes_plain_arrays():
     rng = np.random.default_rng(0)
     z, x = rng.normal(size=(1, 8, 3, 2)), rng.normal(size=(3, 5))
@@ -257,7 +290,12 @@ def test_build_takes_plain_arrays():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"draws": 0}, "draws=0"), ({"max_data": 0}, "max_data=0"), ({"draws": 10**9}, "GiB.*lower draws")],
+    [
+        ({"draws": 0}, "draws=0"),
+        ({"max_data": 0}, "max_data=0"),
+        ({"draws": 10**9}, "GiB.*lower draws"),
+        ({"resampled": 20}, "resampled must be at least 200"),
+    ],
 )
 def test_bad_sizes(pair, x, change, message):
     with pytest.raises(ValueError, match=message):

@@ -13,13 +13,14 @@ import ppl_vae
 PACKAGE = Path(ppl_vae.__file__).parent
 LAYERS = [
     "rng files products rewrites graphs transforms nets convolutions conditionals priors scalars flows triangular "
-    "likelihoods pixels counts posteriors divergences discrete hamiltonian",
+    "likelihoods pixels counts posteriors divergences discrete hamiltonian tails",
     "models hierarchies belief sequences semisupervised",
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
-    "enumeration",
+    "enumeration moving proposals semiamortised",
     "streams batches holding capture updates steps hooks loop train estimates streaming densities evaluate "
-    "disentangling paths schedules annealing",
-    "data plots arviz_export film checkpoint settings plan axes config runs flags cli",
+    "disentangling paths schedules annealing generators weighing refining amortisation overfitting calibration "
+    "criticism decomposition",
+    "data plots arviz_export film checkpoint settings plan axes config runs verdicts flags cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ENTRANCES = {"__init__", "__main__"}  # they stand above all layers

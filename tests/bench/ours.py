@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 from torch_nets import adam, networks, stepping, torch_worker, waiting
 from worker import Job, clocked
-from workloads import Workload, batches, binary, digits
+from workloads import LEAPFROG, STEP, Workload, batches, binary, digits
 
 import ppl_vae as pv
+from ppl_vae.annealing import _walk
 from ppl_vae.batches import prepare
+from ppl_vae.capture import Engine
 from ppl_vae.densities import LogJoint
+from ppl_vae.layout import inspect
+from ppl_vae.paths import Path
+from ppl_vae.schedules import schedule
 from ppl_vae.steps import Stepper
 
 
@@ -84,9 +89,29 @@ def gradient(work: Workload, device: str) -> Job:
     return clocked(lambda: log_joint(latents, x), waiting(device))
 
 
+def annealing(work: Workload, device: str) -> Job:
+    """Annealed importance sampling, without the pilot that finds step sizes."""
+    pair = pv.as_pair(program(work, device)).eval()
+    batch = (torch.from_numpy(binary(work.batch, work.event)).to(device),)
+    inspect(pair, batch)
+    path = Path(pair, batch, "prior", Engine("require"), work.precision)
+    betas = schedule("sigmoid", work.distributions).tolist()
+    steps = torch.full((len(betas), work.batch, 1), STEP, device=device)
+    return clocked(
+        lambda: _walk(path, path.draw(batch, work.particles), betas, steps, LEAPFROG, batch), waiting(device)
+    )
+
+
 def ours(work: Workload, device: str) -> Job:
     """Any workload."""
-    return {"step": step, "epoch": epoch, "evaluation": evaluation, "gradient": gradient}[work.kind](work, device)
+    builds = {
+        "step": step,
+        "epoch": epoch,
+        "evaluation": evaluation,
+        "gradient": gradient,
+        "annealing": annealing,
+    }
+    return builds[work.kind](work, device)
 
 
 def pathwise(work: Workload, device: str) -> Job:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pyro
 import pyro.distributions as dist
 import torch
+from annealing import anneal, sigmoid
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -33,11 +34,15 @@ class Hand(nn.Module):
         loc, log_scale = self.encoder(x).chunk(2, -1)
         return loc, log_scale
 
-    def log_joint(self, z: Tensor, x: Tensor) -> Tensor:
-        """log p(x, z) less constants, of (K, B, d) latents."""
+    def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
+        """log p(x | z) of (K, B, d) latents."""
         logits = self.decoder(z)
         pixels = F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
-        return -pixels.flatten(-self.rank).sum(-1) - 0.5 * z.square().sum(-1)
+        return -pixels.flatten(-self.rank).sum(-1)
+
+    def log_joint(self, z: Tensor, x: Tensor) -> Tensor:
+        """log p(x, z) less constants."""
+        return self.log_likelihood(z, x) - 0.5 * z.square().sum(-1)
 
     def log_weight(self, loc: Tensor, log_scale: Tensor, x: Tensor, particles: int) -> Tensor:
         """log p(x, z) / q(z | x), (K, B)."""
@@ -125,11 +130,29 @@ def hand_gradient(work: Workload, device: str, wrap: Wrap) -> Job:
     return clocked(lambda: torch.autograd.grad(log_joint(latents, x).sum(), latents), waiting(device))
 
 
+def hand_annealing(work: Workload, device: str, wrap: Wrap) -> Job:
+    """Annealed importance sampling, chains times images."""
+    net = Hand(work).to(device).requires_grad_(False)
+    likelihood, betas = wrap(net.log_likelihood), sigmoid(work.distributions)
+    x = torch.from_numpy(binary(work.batch, work.event)).to(device)
+
+    def once() -> Tensor:
+        z = torch.randn(work.particles, work.batch, work.latent, device=device)
+        return anneal(lambda z: likelihood(z, x), z, betas)
+
+    return clocked(once, waiting(device))
+
+
 def by_hand(wrap: Wrap) -> Callable[[Workload, str], Job]:
     """The peer written by hand, its tensor functions wrapped by torch.compile, or not."""
 
     def build(work: Workload, device: str) -> Job:
-        others = {"epoch": hand_epoch, "evaluation": hand_evaluation, "gradient": hand_gradient}
+        others = {
+            "epoch": hand_epoch,
+            "evaluation": hand_evaluation,
+            "gradient": hand_gradient,
+            "annealing": hand_annealing,
+        }
         if work.kind in others:
             return others[work.kind](work, device, wrap)
         return stepping(hand_step(work, device, wrap), work, device)

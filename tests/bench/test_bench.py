@@ -14,15 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from annealing import anneal, sigmoid
 from crew import Peer, Settings, timed_in_turn
 from ours import objective, program
 from peers import Hand
 from report import curves, notes, table
 from run import matching
 from torch_nets import networks
-from workloads import WORKLOADS, Workload, batches, binary, digits
+from workloads import LEAPFROG, STEP, WORKLOADS, Workload, batches, binary, digits
 
 import ppl_vae as pv
+from ppl_vae.annealing import _walk
+from ppl_vae.capture import Engine
+from ppl_vae.layout import inspect
+from ppl_vae.paths import Path as AnnealingPath
+from ppl_vae.schedules import schedule
 
 RUN = Path(__file__).with_name("run.py")
 SMALL = Workload("small", hidden=(16,), latent=3, activation="tanh", batch=4)
@@ -106,7 +112,9 @@ def cells(line: str) -> list[str]:
 
 def test_amounts_have_the_unit_of_their_work():
     epoch, evaluation = replace(SMALL, kind="epoch"), replace(SMALL, kind="evaluation", images=200)
-    assert [w.amount(4000.0) for w in (SMALL, epoch, evaluation)] == ["4e+03 ms", "4.00 s", "50 images/s"]
+    annealing = replace(SMALL, kind="annealing", distributions=5)
+    amounts = [w.amount(4000.0) for w in (SMALL, epoch, evaluation, annealing)]
+    assert amounts == ["4e+03 ms", "4.00 s", "50 images/s", "100 ms per leapfrog step"]
 
 
 @pytest.mark.parametrize("particles", [1, 5])
@@ -127,6 +135,25 @@ def test_ours_and_by_hand_maximise_the_same(particles):
     gradients = torch.autograd.grad(theirs, hand.decoder.parameters())
     for mine, gradient in zip(torch.autograd.grad(ours, vae.likelihood.parameters()), gradients, strict=True):
         torch.testing.assert_close(mine, gradient, rtol=0.01, atol=0.01)
+
+
+def test_ours_and_by_hand_anneal_the_same():
+    """The same weights and the same draws: the same log weights, of moves that are not all accepted."""
+    x, vae, hand = torch.from_numpy(binary(4, (784,))), program(SMALL, "cpu"), Hand(SMALL)
+    for decoder in (hand.decoder, vae.likelihood.net):
+        with torch.no_grad():
+            decoder[-1].weight.mul_(5)
+    pair, betas = pv.as_pair(vae).eval(), sigmoid(6)
+    inspect(pair, (x,))
+    path = AnnealingPath(pair, (x,), "prior", Engine("off"))
+    z = path.draw((x,), 5)
+    torch.manual_seed(1)
+    ours, accepted = _walk(path, z, betas, torch.full((7, 4, 1), STEP), LEAPFROG, (x,))
+    torch.manual_seed(1)
+    theirs = anneal(lambda z: hand.log_likelihood(z, x), z, betas)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
+    assert 0 < accepted.mean() < 1
+    assert torch.allclose(torch.tensor(betas).double(), schedule("sigmoid", 6))
 
 
 def test_ours_and_by_hand_have_the_same_networks():

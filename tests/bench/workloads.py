@@ -13,30 +13,36 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["SCALING", "WORKLOADS", "Workload", "batches", "binary", "digits"]
+__all__ = ["JITTER", "LEAPFROG", "SCALING", "STEP", "WORKLOADS", "Workload", "batches", "binary", "digits"]
 
 POOL = 16  # batches that the steps of one workload go round
+LEAPFROG, STEP, JITTER = 10, 0.05, 0.2  # of annealing's moves: steps, their size, what share of it is random
 
 
 @dataclass(frozen=True)
 class Workload:
     """One piece of work, the same for every peer. Pixels are binary, learning is Adam's at 1e-3, all in float32.
 
+    What only ours does otherwise, its name says.
+
     Attributes:
         name: what the table calls it.
         kind: "step" of training; "epoch" of training with its data path; "evaluation" of log p(x) by importance
-            weights; "gradient" of the log joint in z.
+            weights; "gradient" of the log joint in z; "annealing" of chains from the prior to the posterior, by
+            step sizes that are given.
         hidden: widths of the hidden layers, from the data to the latents; () is the convolutional network.
         latent: number of latents.
         activation: of the hidden layers.
         batch: rows of a batch.
-        particles: K of the objective or of the evaluation; chains, for a gradient.
+        particles: K of the objective or of the evaluation; chains, for a gradient and for annealing.
         estimator: of the gradient.
         images: rows of data, where that matters.
+        distributions: of annealing.
+        precision: of matrix products in ours, within the trajectories of annealing.
     """
 
     name: str
-    kind: Literal["step", "epoch", "evaluation", "gradient"] = "step"
+    kind: Literal["step", "epoch", "evaluation", "gradient", "annealing"] = "step"
     hidden: tuple[int, ...] = (400,)
     latent: int = 20
     activation: Literal["softplus", "tanh"] = "softplus"
@@ -44,6 +50,8 @@ class Workload:
     particles: int = 1
     estimator: Literal["pathwise", "doubly"] = "pathwise"
     images: int = 0
+    distributions: int = 0
+    precision: Literal["float32", "bf16"] = "float32"
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Workload:
@@ -58,17 +66,23 @@ class Workload:
     @property
     def once(self) -> bool:
         """Whether it is long enough to be timed by one repetition."""
-        return self.kind in ("epoch", "evaluation")
+        return self.kind in ("epoch", "evaluation", "annealing")
 
     def quick(self) -> Workload:
         """The same work on little data, for a smoke test."""
-        fewer = {"epoch": {"images": 1000}, "evaluation": {"images": 20, "particles": 200}}
+        fewer = {
+            "epoch": {"images": 1000},
+            "evaluation": {"images": 20, "particles": 200},
+            "annealing": {"batch": 10, "distributions": 3},
+        }
         return replace(self, **fewer.get(self.kind, {}))
 
     def amount(self, milliseconds: float) -> str:
         """A time as the table shows it."""
         if self.kind == "evaluation":
             return f"{self.images / milliseconds * 1e3:.3g} images/s"
+        if self.kind == "annealing":
+            return f"{milliseconds / (LEAPFROG * (self.distributions - 1)):.3g} ms per leapfrog step"
         return f"{milliseconds / 1e3:.2f} s" if self.kind == "epoch" else f"{milliseconds:.3g} ms"
 
 
@@ -82,6 +96,11 @@ def iwae(name: str, **fields: Any) -> Workload:
     return Workload(f"784-200-200-50, {name}", hidden=(200, 200), latent=50, activation="tanh", **fields)
 
 
+def annealing(name: str, **fields: Any) -> Workload:
+    """Wu et al. 2017, with fewer distributions: what counts is the time of one step."""
+    return iwae(name, kind="annealing", batch=100, particles=16, distributions=25, **fields)
+
+
 WORKLOADS = [
     *(vae(f"ELBO, batch {b}", batch=b) for b in (20, 128, 512)),
     *(iwae(f"K = {k}, batch {b}", batch=b, particles=k) for b in (20, 100) for k in (1, 5, 50)),
@@ -90,6 +109,8 @@ WORKLOADS = [
     vae("epoch of MNIST, batch 128", kind="epoch", images=60_000),
     iwae("L_5000", kind="evaluation", batch=100, particles=5000, images=200),
     iwae("log joint gradient in z, 1,600 rows", kind="gradient", batch=100, particles=16),
+    annealing("annealing, 16 chains x 100 images"),
+    annealing("annealing, 16 chains x 100 images, ours in bf16 within trajectories", precision="bf16"),
 ]
 
 SCALING = {
