@@ -16,7 +16,7 @@
 from ppl_vae.adversaries import Adversary
 from ppl_vae.alternating import PIWAE, RWS, Alternating, Wake
 from ppl_vae.amortisation import Gaps, gaps
-from ppl_vae.annealing import AnnealingError, annealed, sandwich
+from ppl_vae.annealing import annealed, sandwich
 from ppl_vae.arviz_export import to_arviz
 from ppl_vae.batches import Data, Stream
 from ppl_vae.belief import sigmoid_belief_network
@@ -43,7 +43,7 @@ from ppl_vae.densities import LogJoint
 from ppl_vae.discrete import Bits, Constant, OneHotCategorical, RelaxedBernoulli, RelaxedCategorical, Simplex
 from ppl_vae.disentangling import factor_score, mutual_information, mutual_information_gap
 from ppl_vae.enumeration import enumerated
-from ppl_vae.estimates import Average, Sandwich, average
+from ppl_vae.estimates import Average, IncompleteError, Sandwich, average
 from ppl_vae.estimators import Estimator, doubly, pathwise, sticking
 from ppl_vae.evaluate import (
     ActiveUnits,
@@ -94,7 +94,6 @@ from ppl_vae.refining import (
     Local,
     LocalFamily,
     Refined,
-    RefiningError,
     local_flow,
     local_full_covariance,
     local_mean_field,
@@ -254,7 +253,6 @@ __all__ = [
     "ActiveUnits",
     "annealed",
     "Annealing",
-    "AnnealingError",
     "Average",
     "average",
     "bits_per_dimension",
@@ -273,6 +271,7 @@ __all__ = [
     "Generalisation",
     "generalisation",
     "importance",
+    "IncompleteError",
     "khat_threshold",
     "Local",
     "local_flow",
@@ -295,7 +294,6 @@ __all__ = [
     "reconstruct",
     "refine",
     "Refined",
-    "RefiningError",
     "sample",
     "Sandwich",
     "sandwich",

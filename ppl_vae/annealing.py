@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
-from random import Random
 from typing import Any, Literal
 
 import torch
@@ -25,19 +23,20 @@ from torch import Tensor
 
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.conditionals import at_least_one
-from ppl_vae.estimates import Estimate, Sandwich, share_warning
+from ppl_vae.estimates import Estimate, Sandwich, share_warning, whole
 from ppl_vae.evaluate import check_density, judging, presented, template
 from ppl_vae.layout import position
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, prior_guided
 from ppl_vae.paths import Path
-from ppl_vae.rng import seeded
+from ppl_vae.rng import derived, seeded
 from ppl_vae.schedules import Annealing, Plan, pilot
 from ppl_vae.sites import statements
 from ppl_vae.streaming import log_mean
 from ppl_vae.traces import by_datum, joint_terms, log_density, run_model
 
-__all__ = ["AnnealingError", "annealed", "sandwich", "simulated"]
+__all__ = ["annealed", "sandwich", "simulated"]
 
+CHAINS = "annealing"  # the name of their stream
 LEAST = 0.2  # acceptance of moves below which the particles hardly went anywhere
 
 
@@ -72,8 +71,9 @@ class _Weights:
         if self.direction == "upper":
             betas, steps = betas[::-1], steps.flip(0)
         weights, accepted = [], []
-        for first in range(0, settings.chains, settings.chunk):
-            chains = min(settings.chunk, settings.chains - first)
+        chunk = max(1, settings.chunk // path.coordinates.combinations)  # of which each has rows of its own
+        for first in range(0, settings.chains, chunk):
+            chains = min(chunk, settings.chains - first)
             state = path.draw(batch, chains) if exact is None else exact.expand(chains, -1, -1)
             weight, rate = _walk(path, state, betas, steps, settings.leapfrog, batch)
             weights.append(weight)
@@ -96,43 +96,14 @@ class _Weights:
             f"fewer than {LEAST:.0%} of the moves were accepted",
             "the pilot did not find step sizes: take more distributions, which lengthens it",
         )
+        if settings.chains == 1:
+            doubts += ("of one chain no error is known: take more chains",)
         doubts += share_warning(
             (ess < 2) & (settings.chains > 3),
             "one chain has most of the weight",
             "value and error are those of one draw: take more distributions",
         )
         return Estimate(value, stderr, self.direction, found, name, engine.describe(), doubts)
-
-
-class AnnealingError(ValueError):
-    """Some data could not be annealed.
-
-    Attributes:
-        estimate: of all data; those that failed are NaN.
-    """
-
-    def __init__(self, message: str, estimate: Estimate) -> None:
-        super().__init__(message)
-        self.estimate = estimate
-
-
-def _checked(estimate: Estimate) -> Estimate:
-    """The estimate itself.
-
-    Raises:
-        AnnealingError: it is NaN for some data.
-    """
-    if bool((wrong := estimate.value.isnan()).any()):
-        row = int(wrong.nonzero()[0])
-        weights = estimate.diagnostics["log_weights"][row]
-        count = f"{int(weights.isnan().sum())} of {len(weights)}"
-        raise AnnealingError(
-            f"data: {count} weights of row {row} are NaN ({estimate.name}); look for parameters that are NaN, for "
-            "scales that overflow or vanish there, for a guide that draws what the model cannot; the other rows "
-            "are in this error's `estimate`",
-            estimate,
-        )
-    return estimate
 
 
 def annealed(
@@ -161,16 +132,18 @@ def annealed(
 
     Raises:
         ValueError: data that do not suit the pair; a discrete latent with too many values, or without a list of
-            them; a latent whose support depends on others;
-            nothing latent; weights that are NaN, an `AnnealingError`, which has the estimates of the other data.
+            them; a latent whose support depends on others; nothing latent; a model alone with parameters of its
+            own.
+        IncompleteError: weights that are NaN or infinite; it has the estimate of the other data.
     """
     engine, weights = Engine(compile), _Weights(settings, "lower")
-    with judging(_paired(program), seed) as pair, _stream(pair, seed):
+    with judging(_paired(program), seed, CHAINS) as pair:
         path: Path | None = None
         for _, batch in presented(pair, data, batch_size, seed):
+            _check_trained(program, pair)
             path = path or _path(pair, batch, settings, engine)
             weights.add(path, pilot(path, settings, batch), batch)
-    return _checked(weights.estimate(engine))
+    return whole(found := weights.estimate(engine), found)
 
 
 def _paired(program: Any) -> Pair:
@@ -180,9 +153,13 @@ def _paired(program: Any) -> Pair:
     return prior_guided(getattr(program, "model", program))
 
 
-def _stream(pair: Pair, seed: int) -> AbstractContextManager[None]:
-    """A stream of its own for chains: data may have been drawn from that of the seed, with the very draws of z."""
-    return seeded(Random(f"{seed} annealing").getrandbits(63), pair.device)
+def _check_trained(program: Any, pair: Pair) -> None:
+    """Raise ValueError for a model alone that has just made parameters: nobody has trained those."""
+    if pair.params and not isinstance(program, Pair) and not hasattr(program, "guide"):
+        raise ValueError(
+            f"program: a model alone makes {', '.join(map(repr, pair.params))} anew; give the pair that "
+            "has been trained, or hold parameters in modules"
+        )
 
 
 def _path(pair: Pair, batch: Batch, settings: Annealing, engine: Engine) -> Path:
@@ -232,8 +209,9 @@ def sandwich(
     Raises:
         ValueError: as for `annealed`; an observed site that is no tensor of the batch, or that depends on x other
             than as its observed value; ``wanted`` not positive, or with fewer than two data.
+        IncompleteError: as for `annealed`; it has the sandwich.
     """
-    at_least_one(size=size)
+    at_least_one(size=size, batch_size=batch_size, most=most)
     if wanted is not None and not wanted > 0:
         raise ValueError(f"wanted must be positive, in nats, got {wanted}")
     if wanted is not None and size < 2:
@@ -241,26 +219,27 @@ def sandwich(
     engine = Engine(compile)
     with judging(_paired(program), seed) as pair:
         batch, latents = simulated(pair, template(pair, size, context, like))
+        _check_trained(program, pair)
         path = _path(pair, batch, settings, engine)
         while True:
             found = _enclosed(path, batch, path.coordinates.pack(latents), settings, batch_size, seed)
             gap, more = found.gap, 2 * settings.distributions
             if wanted is None or gap.mean + 2 * gap.stderr < wanted or more > most or not math.isfinite(gap.mean):
-                return found
+                return whole(found := replace(found, wanted=wanted), found.lower, found.upper)
             settings = replace(settings, distributions=more)
 
 
 def _enclosed(path: Path, batch: Batch, exact: Tensor, settings: Annealing, size: int, seed: int) -> Sandwich:
     """Anneal simulated data both ways, by the same step sizes."""
     up, down = _Weights(settings, "lower"), _Weights(settings, "upper")
-    with _stream(path.pair, seed):
+    with seeded(derived(seed, CHAINS), path.pair.device):
         for rows in torch.split(torch.arange(len(batch[0]), device=batch[0].device), size):
             part = tuple(column[rows] for column in batch)
             plan = pilot(path, settings, part)
             up.add(path, plan, part)
             down.add(path, plan, part, exact[:, rows])
     lower, upper = up.estimate(path.engine), down.estimate(path.engine)
-    return Sandwich(_checked(lower), _checked(upper), settings)
+    return Sandwich(lower, upper, settings)
 
 
 @torch.no_grad()

@@ -21,10 +21,10 @@ from ppl_vae.batches import Data, as_data
 from ppl_vae.evaluate import check_density, presented
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.predictive import predict
-from ppl_vae.rng import seeded
+from ppl_vae.rng import derived, seeded
 from ppl_vae.sites import Site, data_first
 from ppl_vae.tails import FEWEST, pareto
-from ppl_vae.traces import by_datum, log_terms, run_pair
+from ppl_vae.traces import LogTerms, by_datum, log_terms, run_pair
 
 __all__ = ["build", "to_arviz"]
 
@@ -103,8 +103,10 @@ def to_arviz(
         parts = []
         for start in range(0, len(columns[0]), size):
             batch = tuple(column[start : start + size] for column in columns)
-            with seeded((seed * 1_000_003 + start) % 2**63, device):
-                parts.append(_draw(pair, batch, particles, draws, sites, predictive))
+            with seeded(derived(seed, "draws", start), device):
+                terms = log_terms(pair, *batch, particles=particles)
+                _check_weights(terms.weight(), start)
+                parts.append(_exported(pair, batch, terms, draws, sites, predictive, resampled is not None))
     groups = {group: _joined([part[group] for part in parts]) for group in parts[0]}
     groups["observed_data"] = {n: data_first(s, s["value"]).cpu() for n, s in model.items() if s["is_observed"]}
     arrays = {
@@ -168,19 +170,34 @@ def _check(sites: Mapping[str, Site], draws: int, predictive: bool) -> None:
             )
 
 
-def _draw(
-    pair: Pair, batch: Batch, particles: int, draws: int, sites: Mapping[str, Site], predictive: bool
+def _check_weights(weight: Tensor, start: int) -> None:
+    """Raise ValueError, naming the datum, for log weights (K, B) that are NaN or infinite."""
+    wrong = (weight.isnan() | weight.isposinf()).any(0)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"data: a log weight of row {start + int(wrong.nonzero()[0])} is NaN or infinite; look for parameters "
+            "that are NaN, and for scales that overflow or vanish there; leave it out to export the others"
+        )
+
+
+def _exported(
+    pair: Pair,
+    batch: Batch,
+    terms: LogTerms,
+    draws: int,
+    sites: Mapping[str, Site],
+    predictive: bool,
+    resampled: bool,
 ) -> Groups:
     """All groups but observed_data for one batch: arrays (draw, B, ...) on the CPU, and k-hat (B,)."""
-    terms = log_terms(pair, *batch, particles=particles)
     # Log-densities in float64: ArviZ fits Pareto tails in the type it is given, and fails in float32.
     weight, likelihood = terms.weight().double(), terms.likelihood.double()
     latents = {n: by_datum(sites[n], z) for n, z in terms.samples.items()}
     groups: Groups = {}
-    if particles >= FEWEST and not pair.layout.points:
+    if len(weight) >= FEWEST and not pair.layout.points:
         khat, smoothed = pareto(weight)
         groups["constant_data"] = {"khat": khat.cpu()}
-        if particles > draws:
+        if resampled:
             chosen = torch.multinomial(smoothed.softmax(0).T, draws, replacement=True).T
             weight, likelihood = weight.gather(0, chosen), likelihood.gather(0, chosen)
             latents = {n: z[chosen, torch.arange(len(batch[0]), device=z.device)] for n, z in latents.items()}

@@ -33,6 +33,7 @@ Array = npt.NDArray[np.float64]
 ORDER = 4  # of the smooth test, as Neyman has it
 CLEAR = 3.0  # standard errors from which a shift or a width is named
 SHOWN = 5  # dimensions that are printed
+ENOUGH = 100  # data for p-values that hold for many of them
 TRIALS = 1000  # simulated for a band
 
 
@@ -148,7 +149,14 @@ class Calibration:
             f"({size} simulated data, ranks among {self.draws} draws)"
         ]
         lines += [f"  {_entry(name, at)}: {self._how(name, at)}, p {p:.1g}" for p, name, at in found[:SHOWN]]
-        return "\n".join([*lines, *([f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])])
+        lines += [f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why not to believe it, if so."""
+        size = len(next(iter(self.ranks.values())))
+        return () if size >= ENOUGH else (f"{size} data are few for the p-values, which want {ENOUGH} or more",)
 
     def _how(self, name: str, at: list[int]) -> str:
         """What the guide is in one dimension, in words.

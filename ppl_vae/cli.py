@@ -99,10 +99,12 @@ def evaluate(args: argparse.Namespace) -> int:
     run.program.to(device)
     given = {f.name: getattr(args, f.name) for f in fields(Annealing) if hasattr(args, f.name)}
     compile = COMPILE[args.compile]
-    asked = Asked(args.particles, args.chunk, args.seed, compile, Annealing(**given), args.subset)
+    options = {"annealing": Annealing(**given), "defensive": args.defensive, "wanted": args.wanted}
+    asked = Asked(args.particles, args.chunk, args.seed, compile, **options, most=args.subset)
+    _check_weights(run)
     start = time.perf_counter()
-    verdict = judge(run, data, args.method, asked)
     found = _found(run, data, split, args.seed)
+    verdict = judge(run, data, args.method, asked)
     seconds = time.perf_counter() - start
     what = GIVEN.get(run.config.given, "log p(x)").format(labels=run.config.labels)
     print(f"{run.path}: {what} of {len(data)} {args.split} data of {images.name}, {seconds:.1f} s")
@@ -125,6 +127,13 @@ def evaluate(args: argparse.Namespace) -> int:
     written = [write_json(run.path / RESULTS, results), *verdict.write(run.path)]
     print(f"written to {run.path}: {', '.join(str(path.relative_to(run.path)) for path in written)}")
     return 0
+
+
+def _check_weights(run: RunFolder) -> None:
+    """Raise ValueError, naming the first, for weights that are NaN or infinite."""
+    for name, parameter in run.program.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"run: the weights of {name} in {run.path} are not all finite; train it again")
 
 
 def _found(run: RunFolder, data: Data, split: Split, seed: int) -> dict[str, Any]:

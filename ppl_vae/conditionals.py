@@ -59,8 +59,10 @@ class Conditional(nn.Module, ABC):
 
 
 def at_least_one(**sizes: int) -> None:
-    """Raise ValueError, naming it, for a size below one."""
+    """Raise ValueError, naming it, for a size that is no whole number, or below one."""
     for name, size in sizes.items():
+        if not hasattr(size, "__index__"):  # as a float has none, however round
+            raise ValueError(f"{name} must be a whole number, got {size!r}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
 

@@ -142,7 +142,7 @@ def predictive_check(
     if latents not in ("guide", "prior"):
         raise ValueError(f"latents must be 'guide' or 'prior', got {latents!r}")
     parts: list[Table] = []
-    with judging(program, seed) as pair:
+    with judging(program, seed, "replicates") as pair:
         for _, batch in presented(pair, data, batch_size, seed):
             check_table(pair, batch, 1)
             name, x = _observed(pair, batch, site)

@@ -122,7 +122,7 @@ def decompose(
             that draws points or what the model does not; log-densities that are NaN.
     """
     at_least_one(particles=particles, chunk=chunk)
-    with judging(program, seed) as pair:
+    with judging(program, seed, "parts") as pair:
         batches = [batch for _, batch in presented(pair, data, batch_size, seed)]
         check_density(pair)
         reason = _indivisible(pair, batches[0])

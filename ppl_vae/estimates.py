@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from ppl_vae.schedules import Annealing
 
-__all__ = ["ActiveUnits", "Average", "Direction", "Estimate", "Sandwich", "average", "share_warning"]
+__all__ = [
+    "ActiveUnits",
+    "Average",
+    "Direction",
+    "Estimate",
+    "IncompleteError",
+    "Sandwich",
+    "average",
+    "share_warning",
+    "whole",
+]
 
 Direction = Literal["lower", "upper", "unbiased"]
+T = TypeVar("T")
 LOOSE = 1.0  # a gap, in nats, beyond which differences between models are lost in it
 
 
@@ -51,6 +62,19 @@ class Estimate:
     warnings: tuple[str, ...] = ()
 
     @property
+    def failed(self) -> Tensor:
+        """Which data have none, (N,): NaN, or infinite on the side where no bound is."""
+        wrong = -math.inf if self.direction == "upper" else math.inf
+        return self.value.isnan() | (self.value == wrong)
+
+    @property
+    def rest(self) -> Estimate:
+        """The estimate of the data that have not failed."""
+        kept = ~self.failed
+        found = {name: v[kept] if len(v) == len(kept) else v for name, v in self.diagnostics.items()}
+        return replace(self, value=self.value[kept], stderr=self.stderr[kept], diagnostics=found)
+
+    @property
     def mean(self) -> float:
         """The mean over data."""
         return float(self.value.mean())
@@ -74,6 +98,39 @@ class Estimate:
             f"({kind}; {len(self.value)} data{error})"
         )
         return "\n".join([found, *(f"  warning: {text}" for text in self.warnings)])
+
+
+class IncompleteError(ValueError):
+    """Some data have no estimate.
+
+    Attributes:
+        result: what there is for all data, in the form asked for; those that failed are NaN or infinite.
+    """
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def whole(result: T, *estimates: Estimate) -> T:
+    """A result itself, if no estimate in it is of nothing.
+
+    -inf is a lower bound, of a datum that the model cannot make; inf is none, and NaN is no number.
+
+    Raises:
+        IncompleteError: an estimate is NaN for some datum, or infinite on the wrong side; it has the result.
+    """
+    for estimate in estimates:
+        wrong = estimate.failed
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise IncompleteError(
+                f"data: {estimate.name} of row {row} is {float(estimate.value[row])}; look for parameters that "
+                "are NaN, for scales that overflow or vanish there, for a guide that draws what the model cannot; "
+                "the other rows are in this error's `result`",
+                result,
+            )
+    return result
 
 
 @dataclass(frozen=True)
@@ -125,26 +182,32 @@ class Sandwich:
         lower: of annealing towards the posterior.
         upper: of annealing away from it.
         settings: how both were annealed.
+        wanted: the gap that was asked for, if one was.
     """
 
     lower: Estimate
     upper: Estimate
     settings: Annealing
+    wanted: float | None = None
 
     @property
     def gap(self) -> Average:
         """Mean distance of the two, nats per datum, with its error over data drawn from the model."""
-        return average(self.upper.value - self.lower.value)
+        kept = ~(self.lower.failed | self.upper.failed)
+        return average((self.upper.value - self.lower.value)[kept])
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Why not to believe it, if so."""
-        gap = self.gap
-        if not gap.mean + 2 * gap.stderr > LOOSE:
+        gap, limit = self.gap, LOOSE if self.wanted is None else self.wanted
+        error = 0.0 if math.isnan(gap.stderr) else gap.stderr
+        if gap.mean < -3 * error - 1e-3:
+            return ("the lower bound lies above the upper one: the model does not make the data that it observes",)
+        if gap.mean + 2 * error <= limit:
             return ()
         return (
-            f"the gap may be above {LOOSE:g} nat: the lower bound is as loose on real data, or looser; take more "
-            "distributions, or say wanted=",
+            f"the gap may be above {limit:g} nat, and the lower bound as loose on real data, or looser; take more "
+            "distributions",
         )
 
     def __str__(self) -> str:

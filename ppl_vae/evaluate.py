@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from random import Random
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from torch import Tensor
 from ppl_vae.batches import Data, Source, prepare
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.conditionals import at_least_one
-from ppl_vae.estimates import ActiveUnits, Estimate, share_warning
+from ppl_vae.estimates import ActiveUnits, Estimate, share_warning, whole
 from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.predictive import guide_draws, guide_means, inspect_shapes, predict
-from ppl_vae.rng import seeded
+from ppl_vae.rng import derived, seeded
 from ppl_vae.streaming import Add, Streamed, add_means, add_weights, expected_rows, log_mean, mean_stderr
 from ppl_vae.traces import KL
 
@@ -77,8 +76,8 @@ def log_likelihood(
         ``ess``, the effective sample size (Σw)² / Σw²; where it is a few, distrust value and error alike.
 
     Raises:
-        ValueError: fewer than one particle or chunk; data that do not suit the pair; a guide that draws points; a
-            weight that is NaN.
+        ValueError: fewer than one particle or chunk; data that do not suit the pair; a guide that draws points.
+        IncompleteError: weights that are NaN or infinite; it has the estimate of the other data.
     """
     at_least_one(particles=particles, chunk=chunk)
     sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
@@ -86,7 +85,8 @@ def log_likelihood(
     (first, second), drawn, how = _summed(program, data, add_weights, start, seed=seed, compile=compile, **sizes)
     value, stderr, ess = log_mean(first, second, drawn)
     doubts = share_warning((ess < FEW) & (drawn > FEW), f"the effective sample size is below {FEW}", ADVICE)
-    return Estimate(value, stderr, "lower", {"ess": ess}, f"L_{particles}" if drawn else "log p(x)", how, doubts)
+    name = f"L_{particles}" if drawn else "log p(x)"
+    return whole(found := Estimate(value, stderr, "lower", {"ess": ess}, name, how, doubts), found)
 
 
 def _summed(
@@ -105,7 +105,7 @@ def _summed(
     Where nothing is latent there is nothing to draw: 0, and the sums are one exact term.
     """
     engine = Engine(compile)
-    with judging(program, seed) as pair:
+    with judging(program, seed, "weights") as pair:
         source = prepare(pair, data, batch_size)
         check_density(pair)
         drawn = sizes["particles"] if pair.layout is None or pair.layout.latents else 0
@@ -113,7 +113,7 @@ def _summed(
         sizes["rows"] = expected_rows(source, batch_size)
         sizes["batch_size"] = batch_size if isinstance(source, Data) else None
         sums = Streamed(engine, pair, add, start, **sizes)
-        parts = [sums(row, batch) for row, batch in _presented(pair, source, batch_size, seed)]
+        parts = [sums(batch) for _, batch in _presented(pair, source, batch_size, seed)]
     return [torch.cat(column).cpu() for column in zip(*parts, strict=True)], drawn, engine.describe()
 
 
@@ -138,7 +138,7 @@ def presented(pair: Pair, data: Any, batch_size: int, seed: int) -> Iterator[tup
 def _presented(pair: Pair, source: Source, batch_size: int, seed: int) -> Iterator[tuple[int, Batch]]:
     batches, row, number = source.batches(batch_size), 0, 0
     while True:
-        with seeded(Random(f"{seed} {number}").getrandbits(63), pair.device):
+        with seeded(derived(seed, number), pair.device):
             batch = next(batches, None)
         if batch is None:
             return
@@ -175,8 +175,8 @@ def elbo(
         the ELBO is -(rate + distortion) (Alemi et al. 2018).
 
     Raises:
-        ValueError: fewer than one particle or chunk; data that do not suit the pair; a guide that draws points; a
-            weight that is NaN.
+        ValueError: fewer than one particle or chunk; data that do not suit the pair; a guide that draws points.
+        IncompleteError: weights that are NaN or infinite; it has the estimate of the other data.
     """
     at_least_one(particles=particles, chunk=chunk)
     sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
@@ -185,7 +185,7 @@ def elbo(
     value, rate, distortion = (total / (drawn or 1) for total in columns[:3])
     stderr = mean_stderr(columns, drawn)
     diagnostics = {"rate": rate, "distortion": distortion}
-    return Estimate(value, stderr, "lower", diagnostics, "ELBO", how)
+    return whole(found := Estimate(value, stderr, "lower", diagnostics, "ELBO", how), found)
 
 
 def active_units(
@@ -376,10 +376,14 @@ def template(pair: Pair, size: int, context: Batch, like: Batch | None) -> Batch
 
 
 @contextmanager
-def judging(program: Program | Pair, seed: int) -> Iterator[Pair]:
-    """A pair in evaluation mode, under one seeded stream; its mode is put back afterwards."""
+def judging(program: Program | Pair, seed: int, purpose: str = "") -> Iterator[Pair]:
+    """A pair in evaluation mode, under one seeded stream; its mode is put back afterwards.
+
+    What judges data has a stream of its own, named by a purpose: data may have been drawn from the seed's, and a
+    guide that draws from the prior would draw the very latents behind them.
+    """
     pair = as_pair(program)
-    with evaluating(pair), seeded(seed, pair.device):
+    with evaluating(pair), seeded(derived(seed, purpose) if purpose else seed, pair.device):
         yield pair
 
 

@@ -70,7 +70,12 @@ def parser(version: str, runs: Mapping[str, Command]) -> argparse.ArgumentParser
         "--split", choices=("train", "valid", "test"), default="test", help="which data (default: test)"
     )
     p.add_argument("--limit", type=_count, metavar="N", help="judge only the first N data; by default all")
-    p.add_argument("--chunk", type=_count, default=100, metavar="N", help="draws held at once (default: 100)")
+    p.add_argument(
+        "--chunk", type=_count, default=100, metavar="N", help="draws, or chains, held at once (default: 100)"
+    )
+    p.add_argument(
+        "--defensive", type=float, default=0.0, metavar="X", help="share of draws from the prior (default: 0)"
+    )
     p.add_argument(
         "--method",
         choices=(*METHODS, "all"),
@@ -166,6 +171,9 @@ def _annealing_flags(p: argparse.ArgumentParser) -> None:
             name, "of matrix products"
         )
         group.add_argument(f"--{name}", choices=choices, default=value, help=f"{text} (default: {value})")
+    group.add_argument(
+        "--wanted", type=float, metavar="X", help="double distributions until the sandwich's gap is below X nats"
+    )
     group.add_argument(
         "--subset", type=_count, default=100, metavar="N", help="how many data this is done for (default: 100)"
     )

@@ -59,6 +59,13 @@ class Generalisation:
         """Approximation gap on held-out data, less that on training data."""
         return _difference(*(r.bound.value - r.elbo.value for r in (self.test, self.train)))
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why not to believe it, if so."""
+        kinds = (("training", self.train), ("held-out", self.test))
+        found = ((kind, (*r.elbo.warnings, *r.bound.warnings)) for kind, r in kinds)
+        return tuple(f"{kind} data: {text}" for kind, texts in found for text in texts)
+
     def __str__(self) -> str:
         verdicts = [
             f"{name} {'overfits' if _clear(part) else 'does not overfit by more than the errors'}"
@@ -72,6 +79,7 @@ class Generalisation:
                 f"  = log p(x)     {self.decoder}: {verdicts[0]}",
                 f"  + amortisation {self.encoder}: {verdicts[1]}",
                 f"  + family       {self.approximation}",
+                *(f"  warning: {text}" for text in self.warnings),
             ]
         )
 

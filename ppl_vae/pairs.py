@@ -50,6 +50,8 @@ class _OwnParams(Messenger):  # type: ignore[misc]
         self.pair = pair
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
+        if msg["done"]:  # answered by another pair, whose program this one runs
+            return
         name: str = msg["name"]
         init = msg["args"][1] if len(msg["args"]) > 1 else None
         constraint = msg["kwargs"].get("constraint", constraints.real)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from random import Random
 from typing import Any, NamedTuple
 
 import pyro
@@ -24,13 +23,13 @@ from torch.distributions import MultivariateNormal, Normal, TransformedDistribut
 
 from ppl_vae.capture import Captured, Compile, Engine
 from ppl_vae.conditionals import Conditional, at_least_one
-from ppl_vae.estimates import Average, Estimate, average, share_warning
-from ppl_vae.evaluate import elbo, judging, presented
+from ppl_vae.estimates import Average, Estimate, IncompleteError, average, share_warning, whole
+from ppl_vae.evaluate import FEW, elbo, judging, presented
 from ppl_vae.flows import Flowed, planar
 from ppl_vae.pairs import Batch, Pair, Program
 from ppl_vae.paths import Coordinates
 from ppl_vae.posteriors import FullCovariance, mean_field
-from ppl_vae.rng import seeded
+from ppl_vae.rng import derived, seeded
 from ppl_vae.sites import base, statements
 from ppl_vae.streaming import add_means, add_weights, log_mean, mean_stderr
 from ppl_vae.traces import LogTerms, by_datum, check_whole, joint_terms, run_guide, run_model
@@ -39,7 +38,6 @@ __all__ = [
     "Local",
     "LocalFamily",
     "Refined",
-    "RefiningError",
     "local_flow",
     "local_full_covariance",
     "local_mean_field",
@@ -47,9 +45,11 @@ __all__ = [
 ]
 
 DRAWS = 100  # of the guide, to find where it is and how wide
-PARTICLES = 8  # per step
+PARTICLES = 8, 32  # per step, in the first part and in that which is averaged
 DECAY = 0.9, 0.99  # of Adam's two averages
 TINY = 1e-8  # lest Adam divides by zero
+SURE = 3.0  # standard errors beyond which a difference is no chance
+ADVICE = "their posteriors are of another shape: take a richer family, or `annealed`"
 TAIL = 0.5  # share of the steps after which iterates are averaged
 LATE = 0.8  # share of the steps after which the rest should gain nothing more
 SETTLED = 0.01  # nats that they may still gain
@@ -151,18 +151,6 @@ class Refined:
         return f"{self.before}\n{self.elbo}\n{self.bound}\nimprovement {self.improvement} nats per datum"
 
 
-class RefiningError(ValueError):
-    """Some data could not be refined.
-
-    Attributes:
-        refined: of all data; those that failed are NaN.
-    """
-
-    def __init__(self, message: str, refined: Refined) -> None:
-        super().__init__(message)
-        self.refined = refined
-
-
 def refine(
     program: Program | Pair,
     data: Any,
@@ -178,9 +166,10 @@ def refine(
 ) -> Refined:
     """Optimise a posterior of its own for each datum; nothing of the program changes.
 
-    Each step ascends the ELBO of 8 draws by the gradient without the score, whose noise vanishes as q becomes the
-    posterior (Roeder, Wu & Duvenaud 2017, eq. 8), with Adam, whose averages are each number's own, so that data
-    have no part in one another. Steps get shorter along a cosine, down to none (Loshchilov & Hutter 2017, eq. 5).
+    Each step ascends the ELBO of 8 draws, later of 32, by the gradient without the score, whose noise vanishes as
+    q becomes the posterior (Roeder, Wu & Duvenaud 2017, eq. 8), with Adam, whose averages are each number's own,
+    so that data have no part in one another. Steps get shorter along a cosine, down to none (Loshchilov & Hutter
+    2017, eq. 5).
 
     Args:
         program: the pair; its guide says where to start and in which units.
@@ -201,26 +190,31 @@ def refine(
 
     Raises:
         ValueError: sizes out of range; data that do not suit the pair; a guide that draws points, or whose ELBO is
-            NaN; nothing latent; a latent that is discrete, or whose support depends on others; bounds that are
-            NaN, a `RefiningError`, which has the results of the other data.
+            NaN; nothing latent; a latent that is discrete, or whose support depends on others.
+        IncompleteError: bounds that are NaN or infinite; it has the results of the other data.
     """
     at_least_one(steps=steps, particles=particles, chunk=chunk)
+    if not callable(family):
+        raise ValueError(f"family: expected a function such as local_full_covariance, got {family!r}")
     if not 0 < rate < math.inf:
         raise ValueError(f"rate must be positive and finite, got {rate}")
     # The guide first: it is cheap, and what it refuses is refused before long.
-    before = elbo(program, data, particles, batch_size=batch_size, chunk=chunk, seed=seed, compile=compile)
+    try:
+        before = elbo(program, data, particles, batch_size=batch_size, chunk=chunk, seed=seed, compile=compile)
+    except IncompleteError as error:  # raised again in the end, with the results of the other data
+        before = error.result
     engine, names = Engine(compile), list[str]()
     refiner: _Refiner | None = None
     columns: list[Sequence[Tensor]] = []
-    # A stream of its own: data may have been drawn from that of the seed, with the very draws of z.
-    with judging(program, seed) as pair, seeded(Random(f"{seed} refining").getrandbits(63), pair.device):
+    with judging(program, seed, "refining") as pair:
         for row, batch in presented(pair, data, batch_size, seed):
             refiner = refiner or _Refiner(pair, batch, family, engine, steps, len(before.value) // batch_size)
             names = [*refiner.coordinates.parts]
-            judged_by = Random(f"{seed} judging {row}").getrandbits(63)
+            judged_by = derived(seed, "judging", row)
             columns.append(refiner.refined(batch, rate, particles, chunk, judged_by))
     gain, *sums = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
-    return _checked(_results(gain, sums, names, before, particles, engine))
+    found = _results(gain, sums, names, before, particles, engine)
+    return whole(found, found.before, found.elbo)
 
 
 class _Place(NamedTuple):
@@ -264,7 +258,10 @@ class _Refiner:
         width = self.place(batch).mean.shape[-1]
         law, self.numbers = family(width)
         self.law = law.to(pair.device, pair.dtype).requires_grad_(False).eval()
-        self.stepped = Captured(engine, [pair, self.law], self._step, partial(self._uses, steps))
+        uses = partial(self._uses, steps)
+        self.early, self.late = (
+            Captured(engine, [pair, self.law], partial(self._step, count), uses) for count in PARTICLES
+        )
         self.parts: dict[int, Captured] = {}  # of judging, for each size of a chunk
 
     def _uses(self, each: int, *tensors: Tensor) -> float:
@@ -296,7 +293,8 @@ class _Refiner:
         for step in range(1, self.steps + 1):
             length = rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
             length *= math.sqrt(1 - slower**step) / (1 - slow**step)  # both averages began at zero
-            table, first, second = self.stepped(table, first, second, table.new_tensor(length), *place, *batch)
+            stepped = self.late if step > TAIL * self.steps else self.early
+            table, first, second = stepped(table, first, second, table.new_tensor(length), *place, *batch)
             if step > TAIL * self.steps:
                 averaged += 1
                 mean = mean + (table - mean) / averaged
@@ -304,12 +302,12 @@ class _Refiner:
         return late, mean
 
     def _step(
-        self, table: Tensor, first: Tensor, second: Tensor, length: Tensor, *given: Tensor
+        self, particles: int, table: Tensor, first: Tensor, second: Tensor, length: Tensor, *given: Tensor
     ) -> Sequence[Tensor]:
         """One step of Adam (Kingma & Ba 2015, algorithm 1), given the place and the batch."""
         with torch.enable_grad():
             numbers = table.detach().requires_grad_()
-            terms = self._terms(numbers, PARTICLES, _Place(*given[:2]), given[2:])
+            terms = self._terms(numbers, particles, _Place(*given[:2]), given[2:])
             (slope,) = torch.autograd.grad(terms.weight().mean(0).sum(), numbers)
         # A draw from afar may overflow in the model; the datum waits for the next. If all do, judging tells.
         slope = torch.where(slope.isfinite().all(-1, keepdim=True), slope, 0.0)
@@ -378,23 +376,11 @@ def _results(
     diagnostics = {"rate": rate, "distortion": distortion, "gain": gain}
     converged = gain < SETTLED
     doubts = share_warning(~converged, f"the last steps still gained {SETTLED:g} nat or more", "take more steps")
+    worse = value < before.value - SURE * before.stderr.nan_to_num()
+    doubts += share_warning(worse, "the guide has a higher ELBO", "lower rate, or take a richer family")
     refined = Estimate(value, mean_stderr(means, particles), "lower", diagnostics, "refined ELBO", how, doubts)
     value, stderr, ess = log_mean(sums[0], sums[1], particles)
-    bound = Estimate(value, stderr, "lower", {"ess": ess}, f"refined L_{particles}", how)
+    doubts = share_warning((ess < FEW) & (particles > FEW), f"the effective sample size is below {FEW}", ADVICE)
+    bound = Estimate(value, stderr, "lower", {"ess": ess}, f"refined L_{particles}", how, doubts)
     found = {name: total / particles for name, total in zip(names, latents, strict=True)}
     return Refined(refined, before, bound, found, converged)
-
-
-def _checked(refined: Refined) -> Refined:
-    """The results themselves.
-
-    Raises:
-        RefiningError: they are NaN for some data.
-    """
-    if bool((wrong := refined.elbo.value.isnan()).any()):
-        raise RefiningError(
-            f"data: the refined ELBO of row {int(wrong.nonzero()[0])} is NaN; look for parameters that are NaN, "
-            "and for scales that overflow or vanish there; the other rows are in this error's `refined`",
-            refined,
-        )
-    return refined

@@ -58,6 +58,7 @@ class Annealing:
 
     def __post_init__(self) -> None:
         at_least_one(chains=self.chains, leapfrog=self.leapfrog, chunk=self.chunk)
+        at_least_one(distributions=self.distributions)
         if self.distributions < 2:
             raise ValueError(
                 f"distributions must be at least 2, got {self.distributions}; one is importance sampling: use "

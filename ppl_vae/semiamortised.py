@@ -59,8 +59,8 @@ class SemiAmortised(Objective):
         super().__init__()
         if not isinstance(objective, BoundObjective):
             raise ValueError(
-                f"objective: expected a bound such as ELBO() or IWAE(), got {type(objective).__name__}; others "
-                "cannot be refined"
+                f"objective: expected a bound such as pv.ELBO(), got {type(objective).__name__}, which cannot be "
+                "refined"
             )
         at_least_one(steps=steps)
         if not 0 < rate < math.inf:

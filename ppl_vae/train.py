@@ -113,7 +113,7 @@ def fit(
             best epoch, or without validation the last whose objective was finite.
     """
     for name, number, least in (("epochs", epochs, 1), ("report_every", report_every, 1), ("refine", refine, 0)):
-        if not isinstance(number, int) or number < least:
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
     if wrong := [hook for hook in hooks if not isinstance(hook, Hook)]:
         raise ValueError(f"hooks: expected instances of Hook, got {wrong[0]!r}")

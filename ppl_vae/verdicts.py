@@ -21,13 +21,13 @@ from ppl_vae.axes import AXES
 from ppl_vae.batches import Data
 from ppl_vae.calibration import sbc
 from ppl_vae.capture import Compile
-from ppl_vae.estimates import Average, Estimate, average
+from ppl_vae.estimates import Average, Estimate, IncompleteError, average
 from ppl_vae.evaluate import elbo, log_likelihood
 from ppl_vae.files import write_whole
 from ppl_vae.pairs import Batch
 from ppl_vae.pixels import bits_per_dimension
 from ppl_vae.rng import seeded
-from ppl_vae.runs import EACH, FIGURES, TABLE, RunFolder
+from ppl_vae.runs import EACH, FIGURES, JUDGED, TABLE, RunFolder
 from ppl_vae.schedules import Annealing
 from ppl_vae.tails import FEWEST, khat_threshold
 from ppl_vae.weighing import importance
@@ -48,6 +48,8 @@ class Asked:
         seed: fixes the draws, and redrawn pixels.
         compile: as in `ppl_vae.fit`.
         annealing: how to anneal.
+        defensive: share of particles drawn from the prior.
+        wanted: the gap of the sandwich to get below, by doubling distributions.
         most: how many data are annealed, simulated or refined, which takes thousands of gradients for each.
     """
 
@@ -56,6 +58,8 @@ class Asked:
     seed: int = 0
     compile: Compile = "auto"
     annealing: Annealing = Annealing()
+    defensive: float = 0.0
+    wanted: float | None = None
     most: int = 100
 
     @property
@@ -99,7 +103,10 @@ class Row:
 
 def _row(estimate: Estimate, about: str, seconds: float = math.nan, name: str = "", sign: int = 1) -> Row:
     """The line of an estimate, or of its negative."""
-    turned = {"lower": "upper", "upper": "lower"}.get(estimate.direction, estimate.direction)
+    turned, estimate = (
+        {"lower": "upper", "upper": "lower"}.get(estimate.direction, estimate.direction),
+        estimate.rest,
+    )
     return Row(
         name or f"{'-' * (sign < 0)}{estimate.name}",
         sign * estimate.mean,
@@ -170,6 +177,8 @@ class Verdict:
         Raises:
             ValueError: one of them cannot be.
         """
+        for name in (TABLE, EACH, *(f"{FIGURES}/{name}" for name in JUDGED)):  # of another verdict
+            (folder / name).unlink(missing_ok=True)
         written = []
         if self.rows:
             written.append(_write_csv(folder / TABLE, [_plain(row) for row in self.rows]))
@@ -228,9 +237,16 @@ def judge(run: RunFolder, data: Data, method: str, asked: Asked) -> Verdict:
     return found
 
 
-def _timed(compute: Callable[[], Any]) -> tuple[Any, float]:
+def _timed(found: Verdict, compute: Callable[[], Any]) -> tuple[Any, float]:
+    """A result and the seconds it took; where data failed, that of the others, and a line that says so."""
     start = time.perf_counter()
-    return compute(), time.perf_counter() - start
+    try:
+        result = compute()
+    except IncompleteError as error:
+        result = error.result
+        if (text := f"warning: {error}") not in found.lines:
+            found.lines.append(text)
+    return result, time.perf_counter() - start
 
 
 def _ladder(most: int, least: int = 1) -> list[int]:
@@ -244,17 +260,18 @@ def _by_importance(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> 
         found.lines.append("a guide of points, which has no bound; --method annealed needs none")
         return
     options = asked.shared | {"chunk": asked.chunk}
-    lower, seconds = _timed(partial(elbo, run.program, data, min(asked.particles, asked.chunk), **options))
+    lower, seconds = _timed(found, partial(elbo, run.program, data, min(asked.particles, asked.chunk), **options))
     parts = {n: replace(lower, value=lower.diagnostics[n], stderr=lower.stderr * math.nan) for n in RATES}
     found.rows.append(_row(lower, "-(rate + distortion)", seconds))
     found.rows += [_row(replace(p, direction="unbiased"), RATES[n], name=n) for n, p in parts.items()]
     enough = asked.particles >= FEWEST
-    how = importance if enough else log_likelihood
-    tight, seconds = _timed(partial(how, run.program, data, asked.particles, **options))
+    how = partial(importance, defensive=asked.defensive) if enough else log_likelihood
+    tight, seconds = _timed(found, partial(how, run.program, data, asked.particles, **options))
     found.rows.append(_row(tight, "tighter", seconds))
     found.rows.append(_row(tight, "negative log-likelihood, at most", sign=-1))
     _add_bits(found, run, tight)
-    ess = tight.diagnostics["ess"]
+    known = tight.rest
+    ess = known.diagnostics["ess"]
     found.lines.append(
         f"effective sample size: median {ess.median():.1f}, least {ess.min():.1f} of {asked.particles}"
     )
@@ -263,13 +280,14 @@ def _by_importance(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> 
     found.add(lower.name, lower)
     found.add(tight.name, tight)
     if enough:
-        limit, khat = khat_threshold(asked.particles), tight.diagnostics["khat"]
+        limit, khat = khat_threshold(asked.particles), known.diagnostics["khat"]
         share = float((khat > limit).double().mean())
         found.details["khat"] = {"threshold": limit, "share_above": share}
         found.lines.append(f"k-hat above {limit:.2f} for {share:.1%} of the data")
         found.figures["khat.png"] = plots.khat_histogram(khat, limit)
-    curve = [(k, log_likelihood(run.program, data, k, **options)) for k in _ladder(asked.particles)[:-1]]
-    found.figures["bounds.png"] = plots.bounds({"L_K": [*curve, (asked.particles, tight)]})
+    few = _ladder(asked.particles)[:-1]
+    curve = [(k, _timed(found, partial(log_likelihood, run.program, data, k, **options))[0].rest) for k in few]
+    found.figures["bounds.png"] = plots.bounds({"L_K": [*curve, (asked.particles, known)]})
 
 
 RATES = {"rate": "KL(q || p)", "distortion": "-E_q log p(x | z)"}
@@ -293,15 +311,15 @@ def _by_annealing(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> N
     curve = []
     for count in _ladder(asked.annealing.distributions, least=10):
         settings = replace(asked.annealing, distributions=count)
-        value, seconds = _timed(partial(annealed, run.program, some, settings, **asked.shared))
-        curve.append((count, value))
+        value, seconds = _timed(found, partial(annealed, run.program, some, settings, **asked.shared))
+        curve.append((count, value.rest))
     found.rows.append(_row(value, f"of the first {len(some)}", seconds))
     _add_bits(found, run, value)
     found.add("AIS", value)
     if found.tight is not None:
-        gain = value.value - found.tight.value[: len(some)]
+        gain = (value.value - found.tight.value[: len(some)])[~(value.failed | found.tight.failed[: len(some)])]
         name = f"AIS - {found.tight.name}"
-        found.rows.append(_difference(name, average(gain), "what importance sampling misses"))
+        found.rows.append(_difference(name, average(gain), "what importance sampling misses", "lower"))
     found.annealed, found.engine = value, value.engine
     found.details["annealing"] = asdict(asked.annealing) | {"size": len(some)}
     found.figures["annealing.png"] = plots.bounds({"AIS": curve}, "distributions")
@@ -310,20 +328,21 @@ def _by_annealing(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> N
 def _by_sandwich(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> None:
     """Both bounds, on data drawn from the model."""
     some = _columns(data[: asked.most], asked)
-    curve = []
-    for count in _ladder(asked.annealing.distributions, least=10):
+    curve, ladder = [], _ladder(asked.annealing.distributions, least=10)
+    for count in ladder:
         settings = replace(asked.annealing, distributions=count)
-        call = partial(sandwich, run.program, len(some[0]), *some[1:], settings=settings, **asked.shared)
-        value, seconds = _timed(call)
-        curve.append((count, value))
+        options = asked.shared | {"settings": settings, "wanted": asked.wanted if count == ladder[-1] else None}
+        value, seconds = _timed(found, partial(sandwich, run.program, len(some[0]), *some[1:], **options))
+        curve.append((value.settings.distributions, value))
     about = f"of {len(some[0])} data drawn from the model"
     found.rows.append(_row(value.lower, about, seconds, name=f"simulated: {value.lower.name}"))
     found.rows.append(_row(value.upper, about, name=f"simulated: {value.upper.name}"))
     gap = _difference("simulated: gap", value.gap, "between both; log p(x) lies in it", "upper")
     found.rows.append(replace(gap, warnings=value.warnings))
     found.engine = value.lower.engine
+    found.details["sandwich"] = asdict(value.settings) | {"size": len(some[0])}
     found.figures["sandwich.png"] = plots.bounds(
-        {"forwards": [(n, v.lower) for n, v in curve], "backwards": [(n, v.upper) for n, v in curve]},
+        {"forwards": [(n, v.lower.rest) for n, v in curve], "backwards": [(n, v.upper.rest) for n, v in curve]},
         "distributions",
         "Bounds on log p(x), data of the model's own",
     )
@@ -342,7 +361,7 @@ def _by_gaps(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> None:
         raise ValueError("the guide draws points, which have no ELBO")
     some = data[: asked.most]
     options = asked.shared | {"family": posterior.local, "evidence": found.annealed, "settings": asked.annealing}
-    split, seconds = _timed(partial(gaps, run.program, some, **options))
+    split, seconds = _timed(found, partial(gaps, run.program, some, **options))
     found.rows.append(_difference("approximation gap", split.approximation, "log p - best ELBO", "lower", seconds))
     found.rows.append(_difference("amortisation gap", split.amortisation, "best ELBO - ELBO", "lower"))
     found.rows[-2] = replace(found.rows[-2], warnings=split.warnings)
@@ -356,7 +375,7 @@ def _by_calibration(found: Verdict, run: RunFolder, data: Data, asked: Asked) ->
     """Whether the guide is calibrated on data drawn from the model."""
     given = _columns(data[:CALIBRATED], asked)[1:]  # under conditions there are no more data than these have
     size = len(given[0]) if given else CALIBRATED
-    ranks, seconds = _timed(lambda: sbc(run.program, size, *given, seed=asked.seed))
+    ranks, seconds = _timed(found, lambda: sbc(run.program, size, *given, seed=asked.seed))
     found.lines += str(ranks).splitlines()
     outside = {name: int(o.sum()) for name, o in ranks.outside.items()}
     found.details["calibration"] = {"size": size, "dimensions_outside": outside, "seconds": seconds}

@@ -16,7 +16,7 @@ from torch import Tensor
 from ppl_vae.batches import Data, as_data
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.conditionals import at_least_one
-from ppl_vae.estimates import Estimate, share_warning
+from ppl_vae.estimates import Estimate, share_warning, whole
 from ppl_vae.evaluate import check_density, judging, presented
 from ppl_vae.pairs import Batch, Pair, Program
 from ppl_vae.sites import statements
@@ -73,7 +73,8 @@ def importance(
     Raises:
         ValueError: fewer than 25 particles, or a chunk below one; ``defensive`` outside [0, 1), or with a guide
             that draws more than the model's latents; nothing latent; data that do not suit the pair; a guide that
-            draws points; a weight that is NaN.
+            draws points.
+        IncompleteError: weights that are NaN or infinite; it has the estimate of the other data.
     """
     limit = khat_threshold(particles)
     at_least_one(chunk=chunk)
@@ -81,7 +82,7 @@ def importance(
         raise ValueError(f"defensive must lie in [0, 1), got {defensive}; it is the share drawn from the prior")
     prior = min(max(round(defensive * particles), 1), particles - 1) if defensive else 0
     engine, parts = Engine(compile), list[Sequence[Tensor]]()
-    with judging(program, seed) as pair:
+    with judging(program, seed, "weights") as pair:
         source = as_data(data, batch_size)
         batches = presented(pair, source, batch_size, seed)
         check_density(pair)
@@ -92,11 +93,12 @@ def importance(
         for row, batch in batches:
             if prior and not row:
                 _check_latents(pair, batch)
-            parts.append(_judged(_log_weights(streams, row, batch)))
+            parts.append(_judged(_log_weights(streams, batch)))
     value, stderr, ess, khat, smoothed = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     diagnostics = {"ess": ess, "khat": khat, "smoothed": smoothed}
     doubts = share_warning(khat > limit, f"k-hat is above {limit:.2f}", ADVICE)
-    return Estimate(value, stderr, "lower", diagnostics, f"L_{particles}", engine.describe(), doubts)
+    found = Estimate(value, stderr, "lower", diagnostics, f"L_{particles}", engine.describe(), doubts)
+    return whole(found, found)
 
 
 class _FromPrior(Streamed):
@@ -131,24 +133,15 @@ def _streams(
     ]
 
 
-def _log_weights(streams: Sequence[Streamed], row: int, batch: Batch) -> Tensor:
-    """All log weights, float64 (K, B), of a batch whose first datum has the number ``row``.
-
-    Raises:
-        ValueError: one of them is NaN.
-    """
-    weights = torch.cat([stream.parts[size](*batch)[0] for stream in streams for size in stream.sizes])
-    if bool((wrong := weights.isnan().any(0)).any()):
-        raise ValueError(
-            f"data: the log weight of row {row + int(wrong.nonzero()[0])} is NaN; look for parameters that "
-            "are NaN, and for scales that overflow or vanish there"
-        )
-    return weights
+def _log_weights(streams: Sequence[Streamed], batch: Batch) -> Tensor:
+    """All log weights of a batch, float64 (K, B)."""
+    return torch.cat([stream.parts[size](*batch)[0] for stream in streams for size in stream.sizes])
 
 
 def _judged(weights: Tensor) -> Sequence[Tensor]:
     """Value, standard error, effective sample size, k-hat and smoothed value of log weights (K, B), each (B,)."""
-    khat, smoothed = pareto(weights)
+    wrong = weights.isnan().any(0) | (weights == math.inf).any(0)  # which have no tail to fit
+    khat, smoothed = (torch.where(wrong, torch.nan, part) for part in pareto(torch.where(wrong, 0.0, weights)))
     mean = smoothed.logsumexp(0) - math.log(len(weights))
     return *log_mean(weights.logsumexp(0), (2 * weights).logsumexp(0), len(weights)), khat, mean
 

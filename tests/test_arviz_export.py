@@ -270,6 +270,30 @@ def test_resampled_draws_are_the_posteriors(pair, x):
     assert (khat.values < 0.3).all()  # bounded weights
 
 
+def test_as_many_as_are_drawn_are_resampled_too(pair, x):
+    plain, chosen = (
+        values(to_arviz(pair, x, draws=400, predictive=False, resampled=r), "posterior", "z")[0]
+        for r in (None, 400)
+    )
+    assert len(np.unique(plain[:, 0], axis=0)) == 400 > len(np.unique(chosen[:, 0], axis=0))
+
+
+def test_weights_that_are_nan_are_named(x):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("odd", torch.where(x[:, 0] == 9.0, x[:, 0] * math.nan, 0.0 * z))
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = x.clone()
+    x[4, 0] = 9.0
+    with pytest.raises(ValueError, match="log weight of row 4 is NaN"):
+        to_arviz(Pair(model, guide), x, draws=30)
+
+
 def test_khat_is_that_of_the_exported_weights(pair, x):
     tree = to_arviz(pair, x, draws=200, predictive=False)
     weights = torch.tensor(values(tree, "sample_stats", "log_weight")[0])

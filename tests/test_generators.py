@@ -11,7 +11,8 @@ from torch import nn
 
 import ppl_vae as pv
 from ppl_vae import capture, generators, graphs
-from ppl_vae.annealing import AnnealingError, annealed
+from ppl_vae.annealing import annealed
+from ppl_vae.estimates import IncompleteError
 from ppl_vae.generators import FittedScale, Generator, fit_scale
 from ppl_vae.rng import seeded
 from ppl_vae.schedules import Annealing
@@ -231,7 +232,7 @@ def test_a_search_that_fails_puts_the_scale_back():
     generator = linear(LinearGaussian.random(3, latent=LATENT, width=WIDTH), scale=0.7)
     with torch.no_grad():
         generator.likelihood.net.net.bias[0] = math.nan
-    with pytest.raises(AnnealingError, match="NaN"):
+    with pytest.raises(IncompleteError, match="NaN"):
         fit_scale(generator, torch.zeros(3, WIDTH).double(), settings=FEW, compile="require")
     assert float(generator.likelihood.scale.value) == pytest.approx(0.7)
 
@@ -266,3 +267,14 @@ def test_a_result_prints_its_scale_and_its_bound():
     shown = str(FittedScale(0.1234, {0.1: estimate, 0.1234: estimate}))
     assert shown.splitlines()[0] == "σ = 0.1234, the best of 2 tried"
     assert shown.splitlines()[1].startswith("AIS, 8 x 200 = 1.500 ± 0.500")
+
+
+@pytest.mark.parametrize("size", [64, 100])
+@pytest.mark.parametrize("judge", [pv.log_likelihood, pv.importance])
+def test_a_judge_does_not_draw_the_latents_behind_the_data(judge, size):
+    """The guide is the prior, and data of the same seed would be met by the very draws that made them."""
+    exact = LinearGaussian.random(0, latent=10, width=40)
+    generator = linear(exact, scale=exact.variance**0.5)
+    x = pv.sample(generator, size)
+    found = judge(generator, x, 100)
+    assert (found.value < exact.log_evidence(x.double()).detach() + 2).all()

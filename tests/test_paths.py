@@ -171,3 +171,34 @@ def test_rounded_moves_leave_the_bound_as_it_is():
     assert ((found.value - exact) / found.stderr).abs().max() < 4
     with pytest.raises(ValueError, match="precision must be 'float32' or 'bf16', got 'fp8'"):
         pv.Annealing(precision="fp8")
+
+
+def test_a_model_alone_whose_parameters_nobody_trained_is_refused():
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(0.1))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    pair, x, few = pv.Pair(model, guide), torch.zeros(4), pv.Annealing(2, 5, 2)
+    plain = pv.annealed(pair, x, few, compile="off")
+    pair.params["scale"].data.fill_(3.0)
+    trained = pv.annealed(pair, x, few, compile="off")
+    assert (trained.value - plain.value).abs().min() > 0.1
+    torch.testing.assert_close(pv.annealed(pair.model, x, few, compile="off").value, trained.value)
+    with pytest.raises(ValueError, match="a model alone makes 'scale' anew"):
+        pv.annealed(model, x, few)
+    with pytest.raises(ValueError, match="a model alone makes 'scale' anew"):
+        pv.sandwich(model, 4, settings=few, like=(x,))
+
+
+def test_one_chain_says_that_it_has_no_error():
+    found = pv.annealed(Mixed(), torch.zeros(2), pv.Annealing(1, 5, 2), compile="off")
+    assert "of one chain no error is known" in str(found)
+    for change in ({"chains": 2.5}, {"distributions": 10.5}):
+        with pytest.raises(ValueError, match="must be a whole number, got"):
+            pv.Annealing(**change)

@@ -1,6 +1,7 @@
 """Local posteriors: the best of their family where it is known, and nothing else changed."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import ppl_vae as pv
 from ppl_vae.capture import Engine
+from ppl_vae.estimates import IncompleteError
 from ppl_vae.evaluate import judging
 from ppl_vae.graphs import capture
 from ppl_vae.layout import inspect
@@ -21,7 +23,6 @@ from ppl_vae.pairs import as_pair
 from ppl_vae.posteriors import NormalMixture
 from ppl_vae.refining import (
     Local,
-    RefiningError,
     _mirrored,
     _Place,
     _Refiner,
@@ -76,7 +77,7 @@ def test_the_published_best_mean_field_bound_is_reached():
 
 @pytest.mark.parametrize(
     ("numbers", "latent", "width", "steps", "tolerance"),
-    [([1], 2, 5, 400, 2e-4), pytest.param([0, 1, 2], 3, 6, 4000, 1e-4, marks=pytest.mark.slow)],
+    [([1], 2, 5, 300, 2e-4), pytest.param(range(5), 3, 6, 1000, 1e-4, marks=pytest.mark.slow)],
 )
 def test_the_best_mean_field_bound_of_random_instances(numbers, latent, width, steps, tolerance):
     for number in numbers:
@@ -111,7 +112,7 @@ def test_fifty_latents_of_784_dimensions(family):
     best = LinearGaussian.random(0, latent=50, width=784)
     x = program.draw(10, seed=0)
     wanted = 0.0 if family is local_full_covariance else (best.log_evidence(x) - best.elbo(x)).detach()
-    tolerance = 1e-4 if family is local_full_covariance else 2e-3
+    tolerance = 1e-4 if family is local_full_covariance else 5e-4
     assert (short_of_evidence(program, x, family, 1500) - wanted).abs().max() < tolerance
 
 
@@ -291,11 +292,12 @@ def test_a_captured_step_is_as_written(family):
         place = refiner.place((x,))
         table = 0.1 * torch.randn(3, refiner.numbers).double()
         given = (table, torch.zeros_like(table), torch.zeros_like(table), torch.tensor(0.1).double(), *place, x)
-        graph = capture(refiner._step, given, compile=False)
+        step = partial(refiner._step, 8)
+        graph = capture(step, given, compile=False)
         found = []
-        for step in (graph, refiner._step):
+        for run in (graph, step):
             with seeded(1):
-                found.append(step(*given))
+                found.append(run(*given))
     for first, second in zip(*found, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9)
     assert (found[0][0] - table).abs().max() > 0.01
@@ -313,7 +315,7 @@ def test_families_start_at_the_guide_and_their_gradient_lacks_the_score(family):
         place = _Place(mean.detach(), covariance.diagonal().sqrt().expand(4, 1).detach())
         table = torch.zeros(4, refiner.numbers).double()
         drawn = refiner.law(table).rsample((20_000,))
-        _, first, _ = refiner._step(table, table, table, torch.tensor(0.1).double(), *place, x)
+        _, first, _ = refiner._step(8, table, table, table, torch.tensor(0.1).double(), *place, x)
     assert drawn.mean(0).abs().max() < 5 / 20_000**0.5
     assert (drawn.var(0) - 1).abs().max() < 5 * (2 / 20_000) ** 0.5
     assert first.abs().max() < 1e-4
@@ -337,9 +339,9 @@ class Spoiled(nn.Module):
 
 def test_a_datum_that_gives_nan_is_named_and_the_others_are_kept():
     x, c = torch.full((5, 1), 2.0), torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0])
-    with pytest.raises(RefiningError, match="refined ELBO of row 2 is NaN") as caught:
+    with pytest.raises(IncompleteError, match="refined ELBO of row 2 is nan") as caught:
         refine(Spoiled(), (x, c), steps=200, compile="off")
-    found = caught.value.refined
+    found = caught.value.result
     value = found.elbo.value
     assert value.isnan().tolist() == [False, False, True, False, False]
     exact = dist.Normal(0.0, math.sqrt(2)).log_prob(x[:, 0]).double()
@@ -381,3 +383,31 @@ def test_a_guide_of_no_spread_is_widened():
     found = refine(program, x, steps=5, particles=10, compile="off")
     assert found.elbo.value.isfinite().all()
     assert as_pair(program).layout.latents == ("z",)
+
+
+def test_a_guide_that_fails_for_a_datum_leaves_the_others():
+    x, c = torch.full((5, 1), 2.0), torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0])
+
+    class Lost(Spoiled):
+        def guide(self, x, c):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0).expand([len(x)]))
+
+    with pytest.raises(IncompleteError, match="ELBO of row 2 is nan") as caught:
+        refine(Lost(), (x, c), steps=20, particles=2000, compile="off")
+    assert caught.value.result.before.failed.tolist() == [False, False, True, False, False]
+    assert not caught.value.result.elbo.failed[[0, 1, 3, 4]].any()
+    with pytest.raises(IncompleteError) as caught:
+        pv.gaps(Lost(), (x, c), steps=20, particles=2000, settings=pv.Annealing(2, 5, 2), compile="off")
+    assert caught.value.result.each["amortisation"].isfinite().sum() == 4
+
+
+def test_steps_that_are_too_long_are_told():
+    program = LinearGaussian.random(0)
+    found = refine(program, program.draw(5, seed=0), steps=30, rate=100.0, particles=50, compile="off")
+    assert any("the guide has a higher ELBO for 100.0%" in text for text in found.elbo.warnings)
+    assert any("effective sample size is below 5" in text for text in found.bound.warnings)
+    with pytest.raises(ValueError, match="family: expected a function such as local_full_covariance, got 'full'"):
+        refine(program, program.draw(5, seed=0), "full")
+    with pytest.raises(ValueError, match=r"steps must be a whole number, got 10\.0"):
+        refine(program, program.draw(5, seed=0), steps=10.0)

@@ -162,7 +162,7 @@ def test_weights_that_are_nan_are_named_by_their_row(interpreted, how, judge):
     x = program.draw(25, seed=0)
     judge(program, x, 5, batch_size=10, compile=how)
     x[[17, 19]] = 1000.0
-    with pytest.raises(ValueError, match="data: the log weight of row 17 is NaN"):
+    with pytest.raises(ValueError, match=r"data: .* of row 17 is nan"):
         judge(program, x, 5, batch_size=10, compile=how)
 
 
@@ -193,7 +193,7 @@ def test_it_is_the_sum_over_all_particles_at_once():
     with seeded(0), torch.no_grad():
         weight = torch.cat([log_terms(pair, X, particles=k).weight().double() for k in (3, 3, 1)])
     with seeded(0):
-        first, second = streamed(0, (X,))
+        first, second = streamed((X,))
     torch.testing.assert_close(first, weight.logsumexp(0))
     torch.testing.assert_close(second, (2 * weight).logsumexp(0))
     assert first.dtype == torch.float64
