@@ -103,10 +103,8 @@ class Row:
 
 def _row(estimate: Estimate, about: str, seconds: float = math.nan, name: str = "", sign: int = 1) -> Row:
     """The line of an estimate, or of its negative."""
-    turned, estimate = (
-        {"lower": "upper", "upper": "lower"}.get(estimate.direction, estimate.direction),
-        estimate.rest,
-    )
+    estimate = estimate.rest
+    turned = {"lower": "upper", "upper": "lower"}.get(estimate.direction, estimate.direction)
     return Row(
         name or f"{'-' * (sign < 0)}{estimate.name}",
         sign * estimate.mean,
@@ -244,6 +242,8 @@ def _timed(found: Verdict, compute: Callable[[], Any]) -> tuple[Any, float]:
         result = compute()
     except IncompleteError as error:
         result = error.result
+        if isinstance(result, Estimate) and bool(result.failed.all()):
+            raise
         if (text := f"warning: {error}") not in found.lines:
             found.lines.append(text)
     return result, time.perf_counter() - start

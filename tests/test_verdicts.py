@@ -11,9 +11,9 @@ from PIL import Image
 
 import ppl_vae as pv
 from ppl_vae.cli import main
-from ppl_vae.estimates import Estimate
+from ppl_vae.estimates import Estimate, whole
 from ppl_vae.runs import JUDGED
-from ppl_vae.verdicts import Row, Verdict, _ladder
+from ppl_vae.verdicts import Row, Verdict, _ladder, _row, _timed
 
 FEW = "--chains 3 --distributions 12 --leapfrog 2 --subset 5 --compile off"
 
@@ -121,6 +121,35 @@ def test_what_was_not_computed_for_a_datum_is_left_empty(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["b"] for row in rows] == ["0.0", "1.0", ""]
     assert [row["datum"] for row in rows] == ["0", "1", "2"]
+
+
+def test_data_that_fail_are_told_and_the_rest_is_shown():
+    def judge(values):
+        found = Estimate(torch.tensor(values).double(), torch.zeros(len(values)), "lower", name="L_9")
+        return lambda: whole(found, found)
+
+    verdict = Verdict()
+    found, seconds = _timed(verdict, judge([1.0, math.nan, 3.0]))
+    assert seconds >= 0
+    assert _row(found, "some").mean == 2.0
+    (line,) = verdict.lines
+    assert line.startswith("warning: data: L_9 of row 1 is nan")
+    _timed(verdict, judge([1.0, math.nan, 3.0]))
+    assert len(verdict.lines) == 1  # once is enough
+    with pytest.raises(pv.IncompleteError):
+        _timed(verdict, judge([math.nan, math.nan]))
+
+
+def test_files_of_an_earlier_verdict_do_not_stay_beside_those_of_the_next(tmp_path):
+    (tmp_path / "figures").mkdir()
+    old = [tmp_path / "per_datum.csv", tmp_path / "results.csv", *(tmp_path / "figures" / name for name in JUDGED)]
+    mine = tmp_path / "figures" / "samples.png"
+    for path in (*old, mine):
+        path.write_text("old")
+    verdict = Verdict([Row("L_9", -3.0, 0.1, math.nan, "lower", "tighter")])
+    assert verdict.write(tmp_path) == [tmp_path / "results.csv"]
+    assert [path.name for path in old if path.exists()] == ["results.csv"]
+    assert mine.exists()
 
 
 def test_efforts_of_a_curve():
