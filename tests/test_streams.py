@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -231,9 +232,18 @@ def test_the_thread_ends_when_its_reader_stops(monkeypatch, form, leave):
 
 
 def test_what_is_queued_when_the_reader_stops_is_dropped():
-    closing, ran = threading.Event(), []
-    ahead = prefetched((lambda i=i: (i and closing.wait(10), ran.append(i)) and (X,) for i in range(9)), "cpu")
+    begun, closing, ran = threading.Event(), threading.Event(), []
+
+    def batch(number):
+        if number:
+            begun.set()
+            closing.wait(10)
+        ran.append(number)
+        return (X,)
+
+    ahead = prefetched((partial(batch, number) for number in range(9)), "cpu")
     next(ahead)
+    begun.wait(10)
     timer = threading.Timer(0.3, closing.set)
     timer.start()
     ahead.close()
