@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import LinearGaussian
-from programs import Discrete, Nested, SharedLatent, TwoLevel
+from programs import Constrained, Discrete, Nested, SharedLatent, TwoLevel
 from small import cvae, pixels
 from torch import nn
 from torch.distributions import MultivariateNormal
@@ -40,25 +40,6 @@ def path_of(program, *batch, start="prior"):
     pair = as_pair(program).eval()
     inspect(pair, batch)
     return Path(pair, batch, start, Engine("off"))
-
-
-class Constrained(nn.Module):
-    """Latents of every kind of continuous support, some in a plate of their own."""
-
-    def model(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            rate = pyro.sample("rate", dist.Gamma(2.0, 1.5))
-            share = pyro.sample("share", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
-            with pyro.plate("entries", 2, dim=-2):
-                odds = pyro.sample("odds", dist.Beta(2.0, 3.0))
-                pyro.sample("x", dist.Normal(rate * share[..., 0] + odds, 0.5), obs=x.T)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("rate", dist.Gamma(3.0, 2.0))
-            pyro.sample("share", dist.Dirichlet(torch.ones(3)))
-            with pyro.plate("entries", 2, dim=-2):
-                pyro.sample("odds", dist.Beta(1.0, 1.0))
 
 
 # ---- coordinates

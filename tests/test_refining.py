@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import LinearGaussian
-from programs import Discrete, Nested, SharedLatent, TwoLevel
+from programs import Constrained, Discrete, Nested, SharedLatent, TwoLevel
 from small import cvae, pixels, same, vae, weights
 from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -172,25 +172,6 @@ def test_draws_of_laws_that_are_not_symmetric_are_not_mirrored():
 
 
 # ---- programs
-class Constrained(nn.Module):
-    """Latents of several supports, some in a plate of their own."""
-
-    def model(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            rate = pyro.sample("rate", dist.Gamma(2.0, 1.5))
-            share = pyro.sample("share", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
-            with pyro.plate("entries", 2, dim=-2):
-                odds = pyro.sample("odds", dist.Beta(2.0, 3.0))
-                pyro.sample("x", dist.Normal(rate * share[..., 0] + odds, 0.5), obs=x.T)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("rate", dist.Gamma(3.0, 2.0))
-            pyro.sample("share", dist.Dirichlet(torch.ones(3)))
-            with pyro.plate("entries", 2, dim=-2):
-                pyro.sample("odds", dist.Beta(1.5, 1.5))
-
-
 def programs():
     x = pixels(4)
     with seeded(3):
