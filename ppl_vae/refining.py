@@ -32,17 +32,10 @@ from ppl_vae.posteriors import FullCovariance, mean_field
 from ppl_vae.rng import derived, seeded
 from ppl_vae.sites import base, statements
 from ppl_vae.streaming import add_means, add_weights, log_mean, mean_stderr
+from ppl_vae.tails import FEWEST, khat_threshold, pareto
 from ppl_vae.traces import LogTerms, by_datum, check_whole, joint_terms, run_guide, run_model
 
-__all__ = [
-    "Local",
-    "LocalFamily",
-    "Refined",
-    "local_flow",
-    "local_full_covariance",
-    "local_mean_field",
-    "refine",
-]
+__all__ = ["Local", "LocalFamily", "Refined", "local_flow", "local_full_covariance", "local_mean_field", "refine"]
 
 DRAWS = 100  # of the guide, to find where it is and how wide
 PARTICLES = 8, 32  # per step, in the first part and in that which is averaged
@@ -131,7 +124,7 @@ class Refined:
             steps brought. It warns of data that have not converged.
         before: the guide's ELBO, of the same data with the same redrawn pixels.
         bound: the importance-weighted bound with the local posterior as proposal, of the same draws as ``elbo``;
-            its diagnostic is ``ess``.
+            its diagnostics are ``ess`` and ``khat``, NaN of fewer than 25 draws.
         latents: the local posteriors' means, latent site -> (N, *plates, *event).
         converged: whether the last fifth of the steps gained less than 0.01 nat, (N,).
     """
@@ -212,8 +205,8 @@ def refine(
             names = [*refiner.coordinates.parts]
             judged_by = derived(seed, "judging", row)
             columns.append(refiner.refined(batch, rate, particles, chunk, judged_by))
-    gain, *sums = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
-    found = _results(gain, sums, names, before, particles, engine)
+    gain, khat, *sums = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
+    found = _results(gain, khat, sums, names, before, particles, engine)
     return whole(found, found.before, found.elbo)
 
 
@@ -278,12 +271,14 @@ class _Refiner:
         return _Place(state.mean(0), state.std(0).clamp_min(torch.finfo(state.dtype).eps))
 
     def refined(self, batch: Batch, rate: float, particles: int, chunk: int, seed: int) -> Sequence[Tensor]:
-        """What the last steps gained, (B,), and sums over K draws of each local posterior, as of `judged`."""
+        """What the last steps gained, k-hat, and sums over K draws of each local posterior, as of `judged`."""
         place, found = self.place(batch), []
         for table in self.optimised(place, rate, batch):
             with seeded(seed, self.pair.device):  # the same draws for both: their chance cancels in the gain
                 found.append(self.judged(table, place, particles, chunk, batch))
-        return [(found[1][2] - found[0][2]) / particles, *found[1]]
+        (_, before), (weights, sums) = found
+        khat = pareto(weights)[0] if particles >= FEWEST else torch.full_like(sums[0], math.nan)
+        return [(sums[2] - before[2]) / particles, khat, *sums]
 
     def optimised(self, place: _Place, rate: float, batch: Batch) -> tuple[Tensor, Tensor]:
         """The data's numbers, (B, numbers), late in the optimisation and at its end, as averages of iterates."""
@@ -330,27 +325,31 @@ class _Refiner:
         return LogTerms(likelihood, prior, log_q - volume, latents)
 
     @torch.no_grad()
-    def judged(self, table: Tensor, place: _Place, particles: int, chunk: int, batch: Batch) -> Sequence[Tensor]:
-        """Sums over exactly K draws of each local posterior: those of ``STARTS``, then of each latent."""
+    def judged(
+        self, table: Tensor, place: _Place, particles: int, chunk: int, batch: Batch
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Log weights (K, B) of exactly K draws, and sums over them: those of ``STARTS``, then of each latent."""
         sizes = [chunk] * (particles // chunk) + [particles % chunk] * (particles % chunk > 0)
         start = [table.new_full((len(table),), value, dtype=torch.float64) for value in STARTS]
         latents = self.coordinates.unpack(place.mean[None])[0].values()
+        weights: list[Tensor] = []
         sums: Sequence[Tensor] = [*start, *(torch.zeros_like(z[0], dtype=torch.float64) for z in latents)]
         for size in sizes:
             if size not in self.parts:
                 uses = partial(self._uses, 2 * sizes.count(size))
                 part = partial(self._add, size, len(sums))
                 self.parts[size] = Captured(self.engine, [self.pair, self.law], part, uses, noted=False)
-            sums = self.parts[size](*sums, table, *place, *batch)
-        return sums
+            *sums, weight = self.parts[size](*sums, table, *place, *batch)
+            weights.append(weight)
+        return torch.cat(weights), sums
 
     def _add(self, size: int, count: int, *tensors: Tensor) -> Sequence[Tensor]:
-        """The sums after one more chunk of particles."""
+        """The sums after one more chunk of particles, and its log weights."""
         sums, (table, mean, scale, *batch) = tensors[:count], tensors[count:]
         terms = self._terms(table, size, _Place(mean, scale), tuple(batch))
         weight = terms.weight().double()
         latents = (total + z.double().sum(0) for total, z in zip(sums[8:], terms.samples.values(), strict=True))
-        return [*add_weights(sums[:2], terms, weight), *add_means(sums[2:8], terms, weight), *latents]
+        return [*add_weights(sums[:2], terms, weight), *add_means(sums[2:8], terms, weight), *latents, weight]
 
 
 def _mirrored(law: TorchDistribution, pairs: int) -> Tensor:
@@ -368,7 +367,13 @@ def _mirrored(law: TorchDistribution, pairs: int) -> Tensor:
 
 
 def _results(
-    gain: Tensor, sums: Sequence[Tensor], names: Sequence[str], before: Estimate, particles: int, engine: Engine
+    gain: Tensor,
+    khat: Tensor,
+    sums: Sequence[Tensor],
+    names: Sequence[str],
+    before: Estimate,
+    particles: int,
+    engine: Engine,
 ) -> Refined:
     """What sums over draws of all data's local posteriors say."""
     how, means, latents = engine.describe(), sums[2:8], sums[8:]
@@ -381,6 +386,9 @@ def _results(
     refined = Estimate(value, mean_stderr(means, particles), "lower", diagnostics, "refined ELBO", how, doubts)
     value, stderr, ess = log_mean(sums[0], sums[1], particles)
     doubts = share_warning((ess < FEW) & (particles > FEW), f"the effective sample size is below {FEW}", ADVICE)
-    bound = Estimate(value, stderr, "lower", {"ess": ess}, f"refined L_{particles}", how, doubts)
+    if particles >= FEWEST:
+        limit = khat_threshold(particles)
+        doubts += share_warning(khat > limit, f"k-hat is above {limit:.2f}", ADVICE)
+    bound = Estimate(value, stderr, "lower", {"ess": ess, "khat": khat}, f"refined L_{particles}", how, doubts)
     found = {name: total / particles for name, total in zip(names, latents, strict=True)}
     return Refined(refined, before, bound, found, converged)

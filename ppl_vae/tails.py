@@ -58,10 +58,11 @@ def pareto(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         of smoothed weights varies less; it is a bound in neither direction. k-hat is -inf where the largest
         weights are all the same, as with the exact posterior for a guide, and inf where fewer than five stand out,
         or none is possible; nothing is smoothed then. Discrete latents of few values make such weights, though
-        theirs are bounded: judge those by the effective sample size, or sum them out.
+        theirs are bounded: judge those by the effective sample size, or sum them out. Both are NaN for a datum
+        with a weight that is NaN or infinite.
 
     Raises:
-        ValueError: no table of at least 25 particles; a weight that is NaN or infinite.
+        ValueError: no table of at least 25 particles.
 
     >>> khat, smoothed = pareto(torch.linspace(-1, 0, 400).log1p().reshape(400, 1))  # a bounded tail: k < 0
     >>> bool(khat < 0), smoothed.shape
@@ -70,10 +71,10 @@ def pareto(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     if log_weights.dim() != 2:
         raise ValueError(f"log_weights: expected a table (K, B), got shape {tuple(log_weights.shape)}")
     count, log_weights = _tail(len(log_weights)), log_weights.double()
+    wrong = (log_weights.isnan() | log_weights.isposinf()).any(0)
+    log_weights = log_weights.masked_fill(wrong, 0.0)
     top, places = log_weights.topk(count + 1, dim=0)
     largest, last = top[0], top[-1]
-    if bool((wrong := largest.isnan() | largest.isposinf()).any()):  # topk takes NaN for the largest
-        raise ValueError(f"log_weights: column {int(wrong.nonzero()[0])} holds NaN or infinity")
     shift = torch.where(largest > -math.inf, largest, 0.0)
     cutoff = (last - shift).exp().clamp_min(torch.finfo(torch.float64).tiny)
     tail, smoothed = (top - shift).exp(), log_weights.clone()
@@ -90,7 +91,7 @@ def pareto(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         khat[rows] = torch.where(fitted, shape, math.inf)
         smooth = (_quantiles(shape, scale, length) + cutoff[rows]).clamp_max(1.0).log() + shift[rows]
         smoothed[places[:length, rows], rows] = torch.where(fitted, smooth.flip(0), top[:length, rows])
-    return khat, smoothed
+    return khat.masked_fill(wrong, math.nan), smoothed.masked_fill(wrong, math.nan)
 
 
 def _fit(excess: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,8 +140,7 @@ def _log_weights(streams: Sequence[Streamed], batch: Batch) -> Tensor:
 
 def _judged(weights: Tensor) -> Sequence[Tensor]:
     """Value, standard error, effective sample size, k-hat and smoothed value of log weights (K, B), each (B,)."""
-    wrong = weights.isnan().any(0) | (weights == math.inf).any(0)  # which have no tail to fit
-    khat, smoothed = (torch.where(wrong, torch.nan, part) for part in pareto(torch.where(wrong, 0.0, weights)))
+    khat, smoothed = pareto(weights)
     mean = smoothed.logsumexp(0) - math.log(len(weights))
     return *log_mean(weights.logsumexp(0), (2 * weights).logsumexp(0), len(weights)), khat, mean
 

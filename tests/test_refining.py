@@ -392,3 +392,16 @@ def test_steps_that_are_too_long_are_told():
         refine(program, program.draw(5, seed=0), "full")
     with pytest.raises(ValueError, match=r"steps must be a whole number, got 10\.0"):
         refine(program, program.draw(5, seed=0), steps=10.0)
+
+
+def test_khat_of_refined_posteriors_tells_good_proposals_from_bad_ones():
+    program = LinearGaussian.random(0, widen=0.3)
+    x = program.draw(6, seed=0)
+    options = {"particles": 500, "chunk": 300, "compile": "off"}
+    good = refine(program, x, local_full_covariance, steps=300, **options).bound
+    bad = refine(program, x, local_full_covariance, steps=1, rate=1e-6, **options).bound
+    assert good.diagnostics["khat"].max() < 0.5 < bad.diagnostics["khat"].median()
+    assert not good.warnings
+    assert any("k-hat is above 0.63" in text for text in bad.warnings)
+    few = refine(program, x, steps=1, particles=10, compile="off").bound
+    assert few.diagnostics["khat"].isnan().all()
