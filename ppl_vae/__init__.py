@@ -23,6 +23,8 @@ from ppl_vae.belief import sigmoid_belief_network
 from ppl_vae.bounds import Bound, Grouped, Mixed, Renyi, Thermodynamic
 from ppl_vae.calibration import Calibration, sbc
 from ppl_vae.checkpoint import Save, load_weights, save_weights
+from ppl_vae.codebooks import Codebook, ProductCodebook, ResidualCodebook, Summed
+from ppl_vae.codes import CodePrior, Quantised, check_usage, perplexity, usage
 from ppl_vae.conditionals import (
     Conditional,
     FixedScale,
@@ -90,6 +92,7 @@ from ppl_vae.priors import (
     flow_prior,
 )
 from ppl_vae.proposals import widened
+from ppl_vae.quantising import Commitment
 from ppl_vae.refining import (
     Local,
     LocalFamily,
@@ -125,6 +128,8 @@ __all__ = [
     "Bits",
     "bounded",
     "Categorical",
+    "Codebook",
+    "CodePrior",
     "combiner",
     "Concat",
     "Conditional",
@@ -172,11 +177,14 @@ __all__ = [
     "Point",
     "Poisson",
     "prior_guided",
+    "ProductCodebook",
     "Program",
+    "Quantised",
     "radial",
     "RelaxedBernoulli",
     "RelaxedCategorical",
     "Residual",
+    "ResidualCodebook",
     "ScalarMap",
     "Scale",
     "SemiSupervisedVAE",
@@ -185,6 +193,7 @@ __all__ = [
     "SplineMap",
     "StandardNormal",
     "StudentT",
+    "Summed",
     "UniformCodes",
     "VAE",
     "VampPrior",
@@ -207,6 +216,7 @@ __all__ = [
     "Bound",
     "BoundObjective",
     "Capacity",
+    "Commitment",
     "cyclical",
     "DecoderL2",
     "doubly",
@@ -257,6 +267,7 @@ __all__ = [
     "average",
     "bits_per_dimension",
     "Calibration",
+    "check_usage",
     "decode",
     "decompose",
     "Decomposition",
@@ -286,6 +297,7 @@ __all__ = [
     "mutual_information",
     "mutual_information_gap",
     "pareto",
+    "perplexity",
     "predictive_check",
     "PredictiveCheck",
     "rate_distortion",
@@ -300,6 +312,7 @@ __all__ = [
     "sbc",
     "squared_mmd",
     "to_arviz",
+    "usage",
     "widened",
     # keep
     "build",

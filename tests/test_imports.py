@@ -13,10 +13,11 @@ import ppl_vae
 PACKAGE = Path(ppl_vae.__file__).parent
 LAYERS = [
     "rng files products rewrites graphs transforms nets convolutions conditionals priors scalars flows triangular "
-    "likelihoods pixels counts posteriors divergences discrete hamiltonian tails",
+    "likelihoods pixels counts posteriors divergences discrete hamiltonian tails "
+    "codebooks codes",
     "models hierarchies belief sequences semisupervised",
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
-    "enumeration moving proposals semiamortised",
+    "enumeration moving proposals semiamortised quantising",
     "streams batches holding capture updates steps hooks loop train estimates streaming densities evaluate "
     "disentangling paths schedules annealing generators weighing refining amortisation overfitting calibration "
     "criticism decomposition",
