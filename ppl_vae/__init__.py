@@ -18,6 +18,14 @@ from ppl_vae.alternating import PIWAE, RWS, Alternating, Wake
 from ppl_vae.amortisation import Gaps, gaps
 from ppl_vae.annealing import annealed, sandwich
 from ppl_vae.arviz_export import to_arviz
+from ppl_vae.autoregressive import (
+    CodeGrid,
+    GatedPixelCNN,
+    LevelGrid,
+    LogisticGrid,
+    PixelCNN,
+    PixelCNNPlusPlus,
+)
 from ppl_vae.batches import Data, Stream
 from ppl_vae.belief import sigmoid_belief_network
 from ppl_vae.bounds import Bound, Grouped, Mixed, Renyi, Thermodynamic
@@ -129,6 +137,7 @@ __all__ = [
     "bounded",
     "Categorical",
     "Codebook",
+    "CodeGrid",
     "CodePrior",
     "combiner",
     "Concat",
@@ -149,6 +158,7 @@ __all__ = [
     "Flowed",
     "FullCovariance",
     "gated_transition",
+    "GatedPixelCNN",
     "Generator",
     "Hamiltonian",
     "hide_labels",
@@ -158,6 +168,8 @@ __all__ = [
     "LadderVAE",
     "LearnedNormal",
     "LearnedScale",
+    "LevelGrid",
+    "LogisticGrid",
     "LogisticMixture",
     "LowRank",
     "masked_autoregressive",
@@ -173,6 +185,8 @@ __all__ = [
     "OneHotCategorical",
     "OptimalScale",
     "Pair",
+    "PixelCNN",
+    "PixelCNNPlusPlus",
     "planar",
     "Point",
     "Poisson",

@@ -14,7 +14,7 @@ PACKAGE = Path(ppl_vae.__file__).parent
 LAYERS = [
     "rng files products rewrites graphs transforms nets convolutions conditionals priors scalars flows triangular "
     "likelihoods pixels counts posteriors divergences discrete hamiltonian tails "
-    "codebooks codes",
+    "codebooks codes autoregressive",
     "models hierarchies belief sequences semisupervised",
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
     "enumeration moving proposals semiamortised quantising",
