@@ -6,22 +6,20 @@ for that datum: the approximation gap and the amortisation gap (Cremer, Li & Duv
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from ppl_vae.annealing import annealed
 from ppl_vae.capture import Compile
-from ppl_vae.estimates import Average, Estimate, IncompleteError, average, share_warning, whole
+from ppl_vae.estimates import Average, Estimate, average, kept, share_warning, whole
 from ppl_vae.pairs import Pair, Program
 from ppl_vae.refining import LocalFamily, Refined, local_mean_field, refine
 from ppl_vae.schedules import Annealing
 
 __all__ = ["Gaps", "gaps"]
 
-T = TypeVar("T")
 SURE = 3  # standard errors beyond which a negative gap is no chance
 
 
@@ -118,21 +116,12 @@ def gaps(
         IncompleteError: bounds that are NaN or infinite; it has the gaps of the other data.
     """
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile}
-    refined = _kept(lambda: refine(program, data, family, steps=steps, particles=particles, **shared))
+    refined = kept(lambda: refine(program, data, family, steps=steps, particles=particles, **shared))
     if evidence is None:
-        evidence = _kept(lambda: annealed(program, data, settings, **shared))
+        evidence = kept(lambda: annealed(program, data, settings, **shared))
     if len(evidence.value) != len(refined.elbo.value):
         raise ValueError(
             f"evidence: expected an estimate of the same {len(refined.elbo.value)} data, got one of "
             f"{len(evidence.value)}"
         )
     return whole(Gaps(evidence, refined), refined.before, refined.elbo, evidence)
-
-
-def _kept(judge: Callable[[], T]) -> T:
-    """What a judge returns, or what it has where some data fail, which is told in the end."""
-    try:
-        return judge()
-    except IncompleteError as error:
-        result: T = error.result
-        return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,6 +20,7 @@ __all__ = [
     "IncompleteError",
     "Sandwich",
     "average",
+    "kept",
     "share_warning",
     "whole",
 ]
@@ -131,6 +133,15 @@ def whole(result: T, *estimates: Estimate) -> T:
                 result,
             )
     return result
+
+
+def kept(judge: Callable[[], T]) -> T:
+    """What a judge returns, or, where some data fail, what its error has of all; the caller tells of it."""
+    try:
+        return judge()
+    except IncompleteError as error:
+        result: T = error.result
+        return result
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Moving(Messenger):  # type: ignore[misc]
     """Put something else in the place of each distribution that a guide draws from; points stay points.
 
     Args:
-        change: name of a site, and the site -> what to draw from instead.
+        change: a site -> what to draw from instead.
         advice: what to do about a site that cannot be moved.
         spread: whether its standard deviation is needed too.
     """

@@ -23,7 +23,7 @@ from torch.distributions import MultivariateNormal, Normal, TransformedDistribut
 
 from ppl_vae.capture import Captured, Compile, Engine
 from ppl_vae.conditionals import Conditional, at_least_one
-from ppl_vae.estimates import Average, Estimate, IncompleteError, average, share_warning, whole
+from ppl_vae.estimates import Average, Estimate, average, kept, share_warning, whole
 from ppl_vae.evaluate import FEW, elbo, judging, presented
 from ppl_vae.flows import Flowed, planar
 from ppl_vae.pairs import Batch, Pair, Program
@@ -192,10 +192,9 @@ def refine(
     if not 0 < rate < math.inf:
         raise ValueError(f"rate must be positive and finite, got {rate}")
     # The guide first: it is cheap, and what it refuses is refused before long.
-    try:
-        before = elbo(program, data, particles, batch_size=batch_size, chunk=chunk, seed=seed, compile=compile)
-    except IncompleteError as error:  # raised again in the end, with the results of the other data
-        before = error.result
+    # What fails of it is told in the end, with the results of the other data.
+    shared: dict[str, Any] = {"batch_size": batch_size, "chunk": chunk, "seed": seed, "compile": compile}
+    before = kept(lambda: elbo(program, data, particles, **shared))
     engine, names = Engine(compile), list[str]()
     refiner: _Refiner | None = None
     columns: list[Sequence[Tensor]] = []

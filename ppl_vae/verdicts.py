@@ -118,9 +118,10 @@ def _row(estimate: Estimate, about: str, seconds: float = math.nan, name: str = 
 
 
 def _difference(
-    name: str, value: Average, about: str, direction: str = "unbiased", seconds: float = math.nan
+    name: str, value: Average, about: str, direction: str, seconds: float = math.nan, doubts: tuple[str, ...] = ()
 ) -> Row:
-    return Row(name, value.mean, value.stderr, math.nan, direction, about, seconds)
+    """The line of a mean difference."""
+    return Row(name, value.mean, value.stderr, math.nan, direction, about, seconds, doubts)
 
 
 @dataclass
@@ -337,8 +338,8 @@ def _by_sandwich(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> No
     about = f"of {len(some[0])} data drawn from the model"
     found.rows.append(_row(value.lower, about, seconds, name=f"simulated: {value.lower.name}"))
     found.rows.append(_row(value.upper, about, name=f"simulated: {value.upper.name}"))
-    gap = _difference("simulated: gap", value.gap, "between both; log p(x) lies in it", "upper")
-    found.rows.append(replace(gap, warnings=value.warnings))
+    about = "between both; log p(x) lies in it"
+    found.rows.append(_difference("simulated: gap", value.gap, about, "upper", doubts=value.warnings))
     found.engine = value.lower.engine
     found.details["sandwich"] = asdict(value.settings) | {"size": len(some[0])}
     found.figures["sandwich.png"] = plots.bounds(
@@ -362,9 +363,11 @@ def _by_gaps(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> None:
     some = data[: asked.most]
     options = asked.shared | {"family": posterior.local, "evidence": found.annealed, "settings": asked.annealing}
     split, seconds = _timed(found, partial(gaps, run.program, some, **options))
-    found.rows.append(_difference("approximation gap", split.approximation, "log p - best ELBO", "lower", seconds))
+    about = "log p - best ELBO"
+    found.rows.append(
+        _difference("approximation gap", split.approximation, about, "lower", seconds, split.warnings)
+    )
     found.rows.append(_difference("amortisation gap", split.amortisation, "best ELBO - ELBO", "lower"))
-    found.rows[-2] = replace(found.rows[-2], warnings=split.warnings)
     found.rows.append(_row(split.refined.bound, f"posteriors refined for each of the first {len(some)}"))
     found.add("refined", split.refined.bound)
     parts = {"approximation": split.approximation, "amortisation": split.amortisation}
