@@ -33,6 +33,7 @@ from ppl_vae.calibration import Calibration, sbc
 from ppl_vae.checkpoint import Save, load_weights, save_weights
 from ppl_vae.codebooks import Codebook, ProductCodebook, ResidualCodebook, Summed
 from ppl_vae.codes import CodePrior, Quantised, check_usage, perplexity, usage
+from ppl_vae.coding import CodeLength, CodeUse, CodeUses, code_indices, code_length, code_use
 from ppl_vae.conditionals import (
     Conditional,
     FixedScale,
@@ -126,7 +127,6 @@ from ppl_vae.weighing import importance
 
 __version__ = "0.1.0"
 __all__ = [
-    # declare
     "AffineMap",
     "as_pair",
     "BackwardGRU",
@@ -211,7 +211,6 @@ __all__ = [
     "UniformCodes",
     "VAE",
     "VampPrior",
-    # data
     "Data",
     "dequantise",
     "digits",
@@ -223,7 +222,6 @@ __all__ = [
     "Stream",
     "threshold",
     "Transform",
-    # train
     "Adversary",
     "Alternating",
     "Anneal",
@@ -272,7 +270,6 @@ __all__ = [
     "Update",
     "vimco",
     "Wake",
-    # judge
     "active_units",
     "ActiveUnits",
     "annealed",
@@ -328,7 +325,6 @@ __all__ = [
     "to_arviz",
     "usage",
     "widened",
-    # keep
     "build",
     "Config",
     "load_run",
@@ -337,4 +333,10 @@ __all__ = [
     "Save",
     "save_weights",
     "train_run",
+    "CodeLength",
+    "CodeUse",
+    "CodeUses",
+    "code_indices",
+    "code_length",
+    "code_use",
 ]

@@ -62,9 +62,8 @@ class Quantised(Conditional):
             features.movedim(-1, place),
             vectors.movedim(-1, place),
             indices,
-            event_dim=self.event_dim,
-            share=self.codebook.share,
-            learned=self.codebook.learned,
+            self.codebook,
+            self.event_dim,
         )
 
     @torch.no_grad()
@@ -95,9 +94,8 @@ class QuantisedPoint(TorchDistribution):  # type: ignore[misc]
         features: (*batch, D, *grid).
         vectors: the codes that they were quantised to, of the same shape.
         indices: which codes these are, (*batch, *grid), or (*batch, *grid, books) of several codebooks.
+        codebook: what quantised them.
         event_dim: how many rightmost dimensions make one latent.
-        share: the factor of the straight-through gradient.
-        learned: whether the codes are parameters.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - as torch has it
@@ -108,13 +106,10 @@ class QuantisedPoint(TorchDistribution):  # type: ignore[misc]
         features: Tensor,
         vectors: Tensor,
         indices: Tensor,
-        *,
+        codebook: Quantiser,
         event_dim: int = 1,
-        share: float = 1.0,
-        learned: bool = False,
     ) -> None:
-        self.features, self.vectors, self.indices = features, vectors, indices
-        self.share, self.learned = share, learned
+        self.features, self.vectors, self.indices, self.codebook = features, vectors, indices, codebook
         at = features.dim() - event_dim
         super().__init__(features.shape[:at], features.shape[at:], validate_args=False)
 
@@ -131,7 +126,7 @@ class QuantisedPoint(TorchDistribution):  # type: ignore[misc]
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """The code vectors, exactly, (*sample_shape, *batch, D, *grid); their gradient is that of the features."""
         moved = self.features - self.features.detach()  # zero: added to the vectors it rounds nothing
-        point = self.vectors.detach() + self.share * moved
+        point = self.vectors.detach() + self.codebook.share * moved
         return point.expand(*sample_shape, *point.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -143,8 +138,8 @@ class QuantisedPoint(TorchDistribution):  # type: ignore[misc]
         """Return it with another batch shape."""
         parts = (self.features, self.vectors, self.indices)
         at = len(self.batch_shape)
-        expanded = [part.expand(*batch_shape, *part.shape[at:]) for part in parts]
-        return QuantisedPoint(*expanded, event_dim=self.event_dim, share=self.share, learned=self.learned)
+        features, vectors, indices = (part.expand(*batch_shape, *part.shape[at:]) for part in parts)
+        return QuantisedPoint(features, vectors, indices, self.codebook, self.event_dim)
 
 
 class CodePrior(Conditional):

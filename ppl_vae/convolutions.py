@@ -28,9 +28,12 @@ def ConvEncoder(  # noqa: N802
     *,
     blocks: int = 0,
     flat: bool = False,
+    spatial: bool = False,
     **style: Unpack[Style],
 ) -> Batched:
     """Images to features, ``(..., C, H, W) -> (..., outputs)``: strided convolutions, then a linear layer.
+
+    With ``spatial`` the features keep their places, (..., outputs, H / 2^n, W / 2^n).
 
     After n stages, height and width are H / 2^n and W / 2^n, and a feature sees 3 * 2^n - 2 pixels each way.
 
@@ -40,6 +43,7 @@ def ConvEncoder(  # noqa: N802
         outputs: how many features.
         blocks: residual blocks of two 3 x 3 convolutions in each stage (He et al. 2016, "Identity mappings").
         flat: take flat pixels (..., C * H * W), as data sets here have them.
+        spatial: end with a convolution of kernel 1, the same linear layer at each place.
         **style: ``activation``, ``norm``, ``gated`` and ``dropout`` of the hidden layers; see `Hidden`.
 
     Raises:
@@ -58,7 +62,11 @@ def ConvEncoder(  # noqa: N802
         halving = partial(nn.Conv2d, fan_in, kernel_size=4, stride=2, padding=1)
         layers += [*(_ready(hidden, fan_in, blocks) if i else []), *hidden.layer(halving, fan_out)]
     last = channels[-1]
-    layers += [*_ready(hidden, last, blocks), nn.Flatten(), nn.Linear(last * height * width, outputs)]
+    layers += _ready(hidden, last, blocks)
+    if spatial:
+        layers.append(nn.Conv2d(last, outputs, 1))
+    else:
+        layers += [nn.Flatten(), nn.Linear(last * height * width, outputs)]
     return Batched(nn.Sequential(*layers), *((math.prod(shape),) if flat else shape))
 
 
@@ -70,9 +78,12 @@ def ConvDecoder(  # noqa: N802
     *,
     blocks: int = 0,
     flat: bool = False,
+    spatial: bool = False,
     **style: Unpack[Style],
 ) -> Batched:
     """Features to images, ``(..., inputs) -> (..., C', H, W)``: a linear layer, then transposed convolutions.
+
+    With ``spatial`` the features have their places, (..., inputs, H / 2^n, W / 2^n).
 
     Args:
         inputs: how many features.
@@ -83,6 +94,7 @@ def ConvDecoder(  # noqa: N802
             for one per colour; 2 * C for a location and a log-scale each.
         blocks: residual blocks of two 3 x 3 convolutions in each stage, before it doubles the size.
         flat: give flat numbers (..., C' * H * W), all pixels of the first channel first.
+        spatial: begin with a convolution of kernel 3.
         **style: ``activation``, ``norm``, ``gated`` and ``dropout`` of the hidden layers; see `Hidden`.
 
     Raises:
@@ -98,6 +110,8 @@ def ConvDecoder(  # noqa: N802
     hidden = Hidden(-3, **style)
 
     def spread(features: int) -> nn.Module:
+        if spatial:
+            return nn.Conv2d(inputs, features, 3, padding=1)
         flatly = nn.Linear(inputs, features * height * width)
         return nn.Sequential(flatly, nn.Unflatten(1, (features, height, width)))
 
@@ -105,7 +119,8 @@ def ConvDecoder(  # noqa: N802
     for fan_in, fan_out in pairwise(channels):
         layers += [*_ready(hidden, fan_in, blocks), *hidden.layer(_doubling(fan_in), fan_out)]
     layers += [*_ready(hidden, channels[-1], blocks), _doubling(channels[-1])(outputs)]
-    return Batched(nn.Sequential(*layers, *([nn.Flatten()] if flat else [])), inputs)
+    event = (inputs, height, width) if spatial else (inputs,)
+    return Batched(nn.Sequential(*layers, *([nn.Flatten()] if flat else [])), *event)
 
 
 def _doubling(width: int) -> Callable[[int], nn.Module]:

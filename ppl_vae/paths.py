@@ -167,17 +167,17 @@ class Place(NamedTuple):
 
     Attributes:
         state: (K, B, D).
-        first: log f_0, (K, B).
-        ratio: log p(x, z) - log f_0, (K, B).
         first_slope: gradient of ``first``, (K, B, D).
         ratio_slope: gradient of ``ratio``, (K, B, D).
+        first: log f_0, (K, B).
+        ratio: log p(x, z) - log f_0, (K, B).
     """
 
     state: Tensor
-    first: Tensor
-    ratio: Tensor
     first_slope: Tensor
     ratio_slope: Tensor
+    first: Tensor
+    ratio: Tensor
 
 
 class Path:
@@ -234,7 +234,7 @@ class Path:
         return Place(state, *self._look(state, *batch))
 
     def _look(self, state: Tensor, *batch: Tensor) -> Sequence[Tensor]:
-        """Log f_0, the log ratio, and their slopes."""
+        """Log f_0 and the log ratio, after their slopes."""
         with torch.enable_grad():
             state = state.detach().requires_grad_()
             latents, volume = self.coordinates.unpack(state)
@@ -242,7 +242,7 @@ class Path:
             first = first + volume
             check_whole(ratio, batch)
             slopes = [_slope(value, state) for value in (first, ratio)]
-        return first.detach(), ratio.detach(), *slopes
+        return *slopes, first.detach(), ratio.detach()
 
     def _densities(self, latents: Mapping[str, Tensor], particles: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log f_0 and the log ratio at continuous latents, discrete ones summed out of p and f_0, (K, B)."""
@@ -274,14 +274,14 @@ class Path:
         """One leapfrog step (Neal 2011, section 2.3)."""
         half = momentum + 0.5 * step * _tilted(first_slope, ratio_slope, beta)
         state = state + step * half
-        first, ratio, first_slope, ratio_slope = self._look(state, *batch)
+        first_slope, ratio_slope, first, ratio = self._look(state, *batch)
         momentum = half + 0.5 * step * _tilted(first_slope, ratio_slope, beta)
-        return state, momentum, first, ratio, first_slope, ratio_slope
+        return state, momentum, first_slope, ratio_slope, first, ratio
 
     def _pass(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """A leapfrog step within a trajectory, where no density counts, and any force will do that is one."""
+        """A leapfrog step within a trajectory, where any force will do that is one; no density is asked for."""
         with products_in(self.precision):
-            return self._leap(*tensors)
+            return self._leap(*tensors)[:4]
 
     def move(self, here: Place, beta: Tensor, step: Tensor, leapfrog: int, batch: Batch) -> tuple[Place, Tensor]:
         """One Hamiltonian move that leaves f_β as it is: leapfrog steps, accepted or not (Neal 2011, eq. 3.6).
@@ -302,13 +302,11 @@ class Path:
         momentum = torch.randn_like(here.state)
         # Lengths vary at random, lest a trajectory comes back to where it began (Neal 2011, section 3.2).
         step = step * (1 + JITTER * (2 * torch.rand_like(here.first).unsqueeze(-1) - 1))
-        there, after = here, momentum
-        for left in reversed(range(leapfrog)):
-            leap = self.passed if left else self.leapt
-            state, after, *rest = leap(
-                there.state, after, there.first_slope, there.ratio_slope, beta, step, *batch
-            )
-            there = Place(state, *rest)
+        moving: Sequence[Tensor] = here.state, momentum, here.first_slope, here.ratio_slope
+        for _ in range(leapfrog - 1):
+            moving = self.passed(*moving[:4], beta, step, *batch)
+        state, after, *rest = self.leapt(*moving[:4], beta, step, *batch)
+        there = Place(state, *rest)
         gain = _energy(there, after, beta) - _energy(here, momentum, beta)
         # A trajectory that left all bounds has NaN for an energy, and ends where it began.
         probability = gain.nan_to_num(nan=-math.inf).clamp(max=0).exp()

@@ -48,6 +48,6 @@ class Commitment(Penalty):
     def _loss(self, site: Site) -> Tensor:
         point: QuantisedPoint = base(site["fn"])
         loss = self.weight * (point.features - point.vectors.detach()).square()
-        if point.learned:
+        if point.codebook.learned:
             loss = loss + (point.features.detach() - point.vectors).square()
         return features(site, loss).sum(-1).mean(0)  # particles share their point

@@ -20,7 +20,7 @@ LAYERS = [
     "enumeration moving proposals semiamortised quantising",
     "streams batches holding capture updates steps hooks loop train estimates streaming densities evaluate "
     "disentangling paths schedules annealing generators weighing refining amortisation overfitting calibration "
-    "criticism decomposition",
+    "criticism coding decomposition",
     "data plots arviz_export film checkpoint settings plan axes config runs verdicts flags cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
