@@ -48,7 +48,7 @@ from ppl_vae.config import Config, build
 from ppl_vae.convolutions import ConvDecoder, ConvEncoder
 from ppl_vae.counts import NegativeBinomial, Poisson
 from ppl_vae.criticism import PredictiveCheck, predictive_check
-from ppl_vae.data import Images, digits, fashion_mnist, from_path, mnist
+from ppl_vae.data import Images, cifar10, digits, fashion_mnist, from_path, mnist
 from ppl_vae.decomposition import Decomposition, RateDistortion, RatePoint, decompose, rate_distortion
 from ppl_vae.densities import LogJoint
 from ppl_vae.discrete import Bits, Constant, OneHotCategorical, RelaxedBernoulli, RelaxedCategorical, Simplex
@@ -72,7 +72,7 @@ from ppl_vae.flows import Flow, Flowed, planar, radial
 from ppl_vae.generators import FittedScale, Generator, fit_scale
 from ppl_vae.hamiltonian import Hamiltonian, Joint
 from ppl_vae.hierarchies import HierarchicalVAE, LadderVAE
-from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, Progress, cyclical, linear
+from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, Progress, WholeProgram, cyclical, linear
 from ppl_vae.likelihoods import Bernoulli, Beta, ContinuousBernoulli, StudentT
 from ppl_vae.models import CVAE, VAE, Density
 from ppl_vae.nets import MLP, Batched, Concat, Modulated, OneHot, Residual
@@ -111,6 +111,7 @@ from ppl_vae.refining import (
     local_mean_field,
     refine,
 )
+from ppl_vae.resuming import Checkpoints
 from ppl_vae.runs import RunFolder, load_run, train_run
 from ppl_vae.scalars import AffineMap, ScalarMap, SplineMap
 from ppl_vae.schedules import Annealing
@@ -279,6 +280,9 @@ __all__ = [
     "bits_per_dimension",
     "Calibration",
     "check_usage",
+    "cifar10",
+    "Checkpoints",
+    "WholeProgram",
     "decode",
     "decompose",
     "Decomposition",

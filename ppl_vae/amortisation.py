@@ -17,6 +17,7 @@ from ppl_vae.estimates import Average, Estimate, average, kept, share_warning, w
 from ppl_vae.pairs import Pair, Program
 from ppl_vae.refining import LocalFamily, Refined, local_mean_field, refine
 from ppl_vae.schedules import Annealing
+from ppl_vae.sparing import sparing
 
 __all__ = ["Gaps", "gaps"]
 
@@ -79,6 +80,7 @@ class Gaps:
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
 
+@sparing
 def gaps(
     program: Program | Pair,
     data: Any,
@@ -113,7 +115,7 @@ def gaps(
 
     Raises:
         ValueError: as for `ppl_vae.refine` and `ppl_vae.annealed`; evidence of another number of data.
-        IncompleteError: bounds that are NaN or infinite; it has the gaps of the other data.
+        IncompleteError: data or bounds that are NaN or infinite; it has the gaps of the other data.
     """
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile}
     refined = kept(lambda: refine(program, data, family, steps=steps, particles=particles, **shared))

@@ -26,11 +26,12 @@ from ppl_vae.conditionals import at_least_one
 from ppl_vae.estimates import Estimate, Sandwich, share_warning, whole
 from ppl_vae.evaluate import check_density, judging, presented, template
 from ppl_vae.layout import position
-from ppl_vae.pairs import Batch, Pair, Program, as_pair, prior_guided
+from ppl_vae.pairs import Batch, Pair, Program, paired
 from ppl_vae.paths import Path
 from ppl_vae.rng import derived, seeded
 from ppl_vae.schedules import Annealing, Plan, pilot
 from ppl_vae.sites import statements
+from ppl_vae.sparing import sparing
 from ppl_vae.streaming import log_mean
 from ppl_vae.traces import by_datum, joint_terms, log_density, run_model
 
@@ -106,6 +107,7 @@ class _Weights:
         return Estimate(value, stderr, self.direction, found, name, engine.describe(), doubts)
 
 
+@sparing
 def annealed(
     program: Program | Pair | Callable[..., Any],
     data: Any,
@@ -134,23 +136,16 @@ def annealed(
         ValueError: data that do not suit the pair; a discrete latent with too many values, or without a list of
             them; a latent whose support depends on others; nothing latent; a model alone with parameters of its
             own.
-        IncompleteError: weights that are NaN or infinite; it has the estimate of the other data.
+        IncompleteError: data or weights that are NaN or infinite; it has the estimate of the other data.
     """
     engine, weights = Engine(compile), _Weights(settings, "lower")
-    with judging(_paired(program), seed, CHAINS) as pair:
+    with judging(paired(program), seed, CHAINS) as pair:
         path: Path | None = None
         for _, batch in presented(pair, data, batch_size, seed):
             _check_trained(program, pair)
             path = path or _path(pair, batch, settings, engine)
             weights.add(path, pilot(path, settings, batch), batch)
     return whole(found := weights.estimate(engine), found)
-
-
-def _paired(program: Any) -> Pair:
-    """The pair of a program, or of a model alone: a callable, or an object with a model and no guide."""
-    if isinstance(program, Pair) or hasattr(program, "guide"):
-        return as_pair(program)
-    return prior_guided(getattr(program, "model", program))
 
 
 def _check_trained(program: Any, pair: Pair) -> None:
@@ -217,7 +212,7 @@ def sandwich(
     if wanted is not None and size < 2:
         raise ValueError(f"size must be at least 2 to tell whether the gap is as wanted, got {size}")
     engine = Engine(compile)
-    with judging(_paired(program), seed) as pair:
+    with judging(paired(program), seed) as pair:
         batch, latents = simulated(pair, template(pair, size, context, like))
         _check_trained(program, pair)
         path = _path(pair, batch, settings, engine)

@@ -1,7 +1,8 @@
-"""Programs and objectives by name, and all the axes. One row of a table is one choice."""
+"""Programs and objectives by name, all the axes, and what goes together. One row of a table is one choice."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,8 @@ from ppl_vae.adversaries import Adversary
 from ppl_vae.alternating import PIWAE, RWS
 from ppl_vae.belief import sigmoid_belief_network
 from ppl_vae.bounds import Grouped, Mixed, Renyi, Thermodynamic, iwae
+from ppl_vae.codebooks import Codebook
+from ppl_vae.codes import CodePrior, Quantised
 from ppl_vae.conditionals import Conditional
 from ppl_vae.enumeration import enumerated
 from ppl_vae.estimators import doubly, pathwise, sticking
@@ -22,9 +25,10 @@ from ppl_vae.models import CVAE, VAE
 from ppl_vae.nets import MLP, Concat
 from ppl_vae.objectives import ELBO, BoundObjective, Objective
 from ppl_vae.penalties import MMD, Capacity, DecoderL2, FreeBits, GradientPenalty, TotalCorrelation
-from ppl_vae.plan import LIKELIHOODS, POSTERIORS, PRIORS, Choice, Plan
+from ppl_vae.plan import LIKELIHOODS, POSTERIORS, PRIORS, SCALES, Choice, Plan
 from ppl_vae.posteriors import mean_field
 from ppl_vae.priors import StandardNormal, conditional_normal
+from ppl_vae.quantising import Commitment
 from ppl_vae.scores import NVIL, leave_one_out, score, vimco
 from ppl_vae.semisupervised import SemiSupervisedVAE
 from ppl_vae.sequences import BackwardGRU, DeepMarkovModel, combiner, gated_transition
@@ -32,7 +36,7 @@ from ppl_vae.sequences import BackwardGRU, DeepMarkovModel, combiner, gated_tran
 if TYPE_CHECKING:
     from ppl_vae.config import Config
 
-__all__ = ["AXES"]
+__all__ = ["AXES", "check_objective", "check_parts"]
 
 
 def _labelled(plan: Plan) -> CVAE:
@@ -107,6 +111,15 @@ def _deep_markov(plan: Plan) -> DeepMarkovModel:
     )
 
 
+def _quantised(plan: Plan) -> VAE:
+    c = plan.config
+    plan = replace(plan, spatial=True, code=c.code_width)
+    learned: dict[str, Any] = {"ema": None} if c.code_updates == "learned" else {}
+    book = Codebook(c.codebook, c.code_width, **learned)
+    posterior = Quantised(plan.encoder(c.code_width), book, event_dim=3)
+    return VAE(CodePrior(plan.prior, book), plan.likelihood, posterior)
+
+
 MODELS: dict[str, Choice] = {
     "vae": Choice(lambda p: VAE(p.prior, p.likelihood, p.posterior), "one latent vector per datum"),
     "cvae": Choice(_labelled, "the same, given the label", given="label"),
@@ -128,6 +141,9 @@ MODELS: dict[str, Choice] = {
     ),
     "deep-markov": Choice(
         _deep_markov, "a Markov chain of latents, the rows of a picture its steps", own=True, plane=False
+    ),
+    "vqvae": Choice(
+        _quantised, "a grid of codes of a --codebook; then a prior learned on the --codes", plane=False, codes=True
     ),
 }
 
@@ -203,7 +219,9 @@ def _bound(make: Callable[[Config], Any], groups: bool = False) -> Callable[[Pla
 def _elbo(plan: Plan) -> Objective:
     c, penalty = plan.config, PENALTIES[plan.config.penalise].make(plan)
     estimator = ESTIMATORS[c.estimator].make(plan)
-    penalties = () if penalty is None else (penalty,)
+    penalties = [] if penalty is None else [penalty]
+    if MODELS[c.model].codes:
+        penalties.append(Commitment(c.commitment))
     return ELBO(c.particles, kl=c.kl, beta=c.beta, estimator=estimator, penalties=penalties)  # type: ignore[arg-type]
 
 
@@ -230,3 +248,118 @@ AXES: Mapping[str, Mapping[str, Choice]] = {
     "estimator": ESTIMATORS,
     "penalise": PENALTIES,
 }
+
+SITED = ("mmd", "total-correlation", "factor", "adversarial")  # penalties of one latent
+OF_CODES = ("codebook", "code_width", "code_updates", "commitment", "codes", "prior_width")
+UNCODED = ("latent", "hidden", "levels", "rank", "temperature", "posterior")  # what programs of codes have not
+UNDRAWN = ("objective", "estimator", "particles", "kl", "beta", "warm_up", "cycle", "penalise")
+
+
+def check_parts(c: Config) -> None:
+    """Raise ValueError where settings of the model do not go together."""
+    _check_codes(c)
+    model, posterior = AXES["model"][c.model], AXES["posterior"][c.posterior]
+    if c.scale != "learned" and c.likelihood not in ("normal", "student-t"):
+        raise ValueError(f"scale is that of the normal and student-t likelihoods; {c.likelihood} has none")
+    if c.scale not in SCALES and not _positive(c.scale):
+        raise ValueError(f"scale must be {', '.join(SCALES)} or a positive number, got {c.scale!r}")
+    if posterior.prior is not None and c.prior is not None:
+        raise ValueError(f"prior: posterior {c.posterior!r} comes with its own; leave prior out")
+    if c.prior == "conditional" and c.given not in ("label", "known label"):
+        raise ValueError("prior 'conditional' is given the label, which only 'cvae' and 'semi-supervised' take")
+    if c.prior == "vamp" and (c.model != "vae" or c.posterior == "hamiltonian" or not posterior.density):
+        raise ValueError("prior 'vamp' needs model 'vae' and a posterior with a density, other than hamiltonian")
+    if c.norm == "batch" and (c.prior == "vamp" or c.posterior == "hamiltonian" or c.penalise == "gradient"):
+        raise ValueError(
+            "norm 'batch' mixes data, which prior 'vamp', posterior 'hamiltonian' and penalise 'gradient' forbid"
+        )
+    if model.own and (c.prior is not None or c.posterior != "mean-field"):
+        raise ValueError(f"model {c.model!r} has a prior and a posterior of its own; leave both out")
+    if c.model == "belief" and (c.likelihood != "bernoulli" or c.nets != "mlp" or c.path):
+        raise ValueError(
+            "model 'belief' is linear, over bits: likelihood must be 'bernoulli', nets 'mlp', no path"
+        )
+    if AXES["likelihood"][c.likelihood].data == "levels" and c.binarise != "none":
+        raise ValueError(
+            f"likelihood {c.likelihood!r} is of 256 levels; binarise must be 'none', got {c.binarise!r}"
+        )
+    if c.given == "sum" and not (c.counts and c.binarise == "none"):
+        raise ValueError(
+            f"model {c.model!r} is one of counts; likelihood must be one of counts, and binarise 'none'"
+        )
+    for name in ("labelled", "labels", "label_weight"):
+        if c.given != "known label" and c.chosen(name):
+            raise ValueError(f"{name}: model {c.model!r} has no labels to hide; it is for 'semi-supervised'")
+    if c.chosen("conditioning") and not c.given:
+        raise ValueError(f"conditioning: model {c.model!r} is given no condition")
+    if c.path and c.model not in ("hierarchical", "ladder"):
+        raise ValueError(f"path: model {c.model!r} has no levels to go along; 'hierarchical' and 'ladder' have")
+
+
+def check_objective(c: Config) -> None:
+    """Raise ValueError where settings of the objective do not go together."""
+    if (c.beta != 1 or c.warm_up) and c.objective != "elbo":
+        raise ValueError("beta and warm_up weigh the KL of the elbo; the other bounds have none to weigh")
+    if c.chosen("kl") and c.objective != "elbo":
+        raise ValueError(f"kl is the elbo's; objective {c.objective!r} takes weights of draws; leave kl out")
+    if c.chosen("points") and c.objective != "thermodynamic":
+        raise ValueError(f"points are those of objective 'thermodynamic'; got {c.objective!r}")
+    if c.chosen("alpha") and c.objective not in ("renyi", "ciwae"):
+        raise ValueError(f"alpha is that of objectives 'renyi' and 'ciwae'; got {c.objective!r}")
+    if not AXES["posterior"][c.posterior].density and c.objective != "elbo":
+        raise ValueError(f"posterior {c.posterior!r} has no weights for a bound; objective must be 'elbo'")
+    if c.cycle and not 0 < c.warm_up <= c.cycle:
+        raise ValueError(f"cycle is what warm_up is a part of: give warm_up from 1 to {c.cycle}, got {c.warm_up}")
+    if c.estimator in ("doubly", "sticking") and c.objective == "elbo" and c.kl != "sampled":
+        raise ValueError(
+            f"estimator {c.estimator!r} needs the elbo's KL by draws; kl must be 'sampled', got {c.kl!r}"
+        )
+    if c.penalise != "none" and (c.objective != "elbo" or c.estimator != "pathwise"):
+        raise ValueError("penalise: penalties belong to the elbo, with estimator 'pathwise'")
+    if c.penalise == "free-bits" and (c.kl == "sampled" or c.penalty != c.beta or c.warm_up):
+        raise ValueError(
+            "penalise 'free-bits' offsets the KL: kl must not be 'sampled', penalty as beta, warm_up 0"
+        )
+    if c.penalise == "gradient" and (AXES["model"][c.model].own or c.given == "known label"):
+        raise ValueError(f"penalise 'gradient' is for decoders of one latent; model {c.model!r} has another kind")
+    if c.penalty_site is not None and c.penalise not in SITED:
+        raise ValueError(f"penalty_site is for penalise {', '.join(SITED)}; penalise is {c.penalise!r}")
+    if c.penalty_rise and c.penalise != "capacity":
+        raise ValueError(f"penalty_rise raises the nats of penalise 'capacity'; penalise is {c.penalise!r}")
+    if c.objective == "piwae" and c.posterior == "hamiltonian":
+        raise ValueError(
+            "objective 'piwae' trains model and guide apart; posterior 'hamiltonian' is made of the model"
+        )
+    if c.estimator != "pathwise" and c.objective == "rws":
+        raise ValueError("objective 'rws' has gradients of its own; leave estimator out")
+
+
+def _check_codes(c: Config) -> None:
+    """Raise ValueError where settings do not go with codes, or are of codes alone."""
+    codes, about = AXES["model"][c.model].codes, f"model {c.model!r}"
+    if c.prior is not None and AXES["prior"][c.prior].codes is not codes:
+        known = [name for name, choice in AXES["prior"].items() if choice.codes is codes]
+        mend = "" if codes else f"; {c.prior!r} is over codes, of model 'vqvae' or of a run given as codes"
+        raise ValueError(f"prior: that of {about} must be one of {', '.join(known)}{mend}")
+    if not codes:
+        for name in OF_CODES:
+            if c.chosen(name):
+                raise ValueError(f"{name} is of codes and the prior over them, and {about} has none; 'vqvae' has")
+        return
+    for name in UNCODED:
+        if c.chosen(name):
+            raise ValueError(f"{name}: {about} has convolutions and a codebook instead; leave {name} out")
+    for name in UNDRAWN:
+        if c.chosen(name):
+            raise ValueError(
+                f"{name}: {about} is trained by the pathwise elbo, its codes being certain; leave {name} out"
+            )
+    if c.counts:
+        raise ValueError(f"likelihood: {about} is of pictures, and {c.likelihood!r} of counts")
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False

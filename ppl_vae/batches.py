@@ -18,7 +18,7 @@ from ppl_vae.pairs import Batch, Pair
 from ppl_vae.rng import seeded
 from ppl_vae.streams import Stream, as_pixels, as_tensor, delivered, epoch_seed, placed
 
-__all__ = ["Data", "Source", "Stream", "as_data", "fits", "prepare"]
+__all__ = ["Data", "Source", "Stream", "arity", "as_data", "fits", "prepare"]
 
 
 class Data:
@@ -185,7 +185,7 @@ def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device |
     """
     _check_size(batch_size)
     device = pair.device if device is None else device
-    source, (least, most) = as_data(data, batch_size), _arity(pair)
+    source, (least, most) = as_data(data, batch_size), arity(pair)
     if isinstance(source, Stream):
         source = source.to(device, pair.dtype)
         source.width, source.check = most, partial(_check_batch, pair, least, None)
@@ -255,7 +255,7 @@ def _check_supports(layout: Layout, data: Data) -> None:
             raise ValueError(f"data from row {start} on: {error}") from error
 
 
-def _arity(pair: Pair) -> tuple[int, int | None]:
+def arity(pair: Pair) -> tuple[int, int | None]:
     """How many tensors the model must and can take; None for any number."""
     model = pair.raw_model
     takes = signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()

@@ -20,22 +20,15 @@ import torch
 
 from ppl_vae.axes import AXES
 from ppl_vae.batches import Data
-from ppl_vae.config import COMPILE, Config, presented
+from ppl_vae.config import COMPILE, Config, presented, settings_in
 from ppl_vae.data import Split
 from ppl_vae.evaluate import ActiveUnits, active_units, reconstruct, sample
+from ppl_vae.figures import draw_figures
 from ppl_vae.files import write_whole
 from ppl_vae.flags import parser
+from ppl_vae.folders import METRICS, RESULTS, RunFolder, installed, load_run, write_json
 from ppl_vae.plots import label_rows, samples, save
-from ppl_vae.runs import (
-    METRICS,
-    RESULTS,
-    RunFolder,
-    draw_figures,
-    installed,
-    load_run,
-    train_run,
-    write_json,
-)
+from ppl_vae.runs import second_stage, train_run
 from ppl_vae.schedules import Annealing
 from ppl_vae.train import NonFiniteError, as_device, default_device
 from ppl_vae.verdicts import Asked, judge
@@ -71,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train a model and write a run folder: settings, weights, metrics, figures."""
     flags = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
-    config = Config.from_file(args.config, **flags) if args.config else Config(**flags)
+    values = (settings_in(args.config) if args.config else {}) | flags
+    config = Config(**(values if values.get("codes") is None else second_stage(values)))
     name = f"{Path(config.data).stem}-{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = args.out or Path("runs", name)
     try:
@@ -80,10 +74,11 @@ def train(args: argparse.Namespace) -> int:
         raise NonFiniteError(f"{error} They are saved in {out}.", error.run) from error
     print(f"{run.reason}: {run.epoch} epochs, {run.step} steps, {sum(r['seconds'] for r in run.history):.1f} s")
     if run.history:
+        of = "" if config.codes is None else ", of its codes"
         kept = run.history[(run.best_epoch or run.epoch) - 1]
         print(
             f"kept epoch {kept['epoch']:.0f}: train {kept['train']:.3f}, "
-            f"valid {kept['valid']:.3f} ± {kept['valid_stderr']:.3f} nats per datum"
+            f"valid {kept['valid']:.3f} ± {kept['valid_stderr']:.3f} nats per datum{of}"
         )
     print(f"run folder {folder.path}: weights, {METRICS}, figures; judge it with: ppl-vae evaluate {folder.path}")
     return 130 if run.interrupted else 0
@@ -141,7 +136,8 @@ def _found(run: RunFolder, data: Data, split: Split, seed: int) -> dict[str, Any
     x, *given = data.to(next(run.program.parameters()).device).present(slice(None))
     error = (reconstruct(run.program, x, *given, seed=seed) - x).square().mean()
     found: dict[str, Any] = {"squared_error_of_reconstructions": round(float(error), 5)}
-    found["active_units"] = active_units(run.program, data, seed=seed) if len(data) > 1 else None
+    if not AXES["model"][run.config.model].codes:
+        found["active_units"] = active_units(run.program, data, seed=seed) if len(data) > 1 else None
     if (
         split.y is not None
         and bool((split.y >= 0).any())

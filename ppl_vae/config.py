@@ -6,7 +6,6 @@ Adding a variant to the command line is one row in one of the tables of `ppl_vae
 from __future__ import annotations
 
 import json
-import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.axes import AXES
+from ppl_vae.axes import AXES, check_objective, check_parts
 from ppl_vae.batches import Data
 from ppl_vae.capture import Compile
-from ppl_vae.data import Images, Split, digits, fashion_mnist, from_path, mnist, subset
+from ppl_vae.data import Images, Split, cifar10, digits, fashion_mnist, from_path, mnist, subset
 from ppl_vae.files import PathLike
 from ppl_vae.objectives import Objective
 from ppl_vae.plan import ACTIVATIONS, SCALES, Plan
@@ -31,12 +30,13 @@ from ppl_vae.settings import check_each, checked, nearest, setting
 from ppl_vae.traces import KL
 from ppl_vae.transforms import dequantise, redraw, threshold
 
-__all__ = ["Config", "build", "images_of", "objective_of", "presented"]
+__all__ = ["Config", "build", "images_of", "objective_of", "presented", "settings_in"]
 
 DATA: dict[str, Callable[[PathLike | None], Images]] = {
     "digits": lambda root: digits(),
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
+    "cifar10": cifar10,
 }
 BINARISE: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
@@ -60,7 +60,7 @@ NETS = ("mlp", "conv")
 NORMS = ("none", "batch", "layer")
 CONDITIONINGS = ("concat", "film")
 LABELS = ("relaxed", "enumerated")
-SITED = ("mmd", "total-correlation", "factor", "adversarial")  # penalties of one latent
+CODE_UPDATES = ("averaged", "learned")
 
 
 _data, _model, _objective = (partial(setting, group) for group in ("data", "model", "objective"))
@@ -78,9 +78,11 @@ class Config:
     8
     """
 
-    data: str = _data("digits", "digits, mnist, fashion-mnist, or a path: .npz, .npy or a folder of pictures")
+    data: str = _data(
+        "digits", "digits, mnist, fashion-mnist, cifar10, or a path: .npz, .npy or a folder of pictures"
+    )
     data_dir: str | None = _data(
-        None, "folder with the files of mnist or fashion-mnist; by default they are fetched"
+        None, "folder with the files of mnist, fashion-mnist or cifar10; by default they are fetched"
     )
     limit: int | None = _data(None, "use only the first rows of each split; by default all", least=1)
     binarise: str = _data(
@@ -96,7 +98,9 @@ class Config:
     labels: str = _model("relaxed", "how such a program draws those it does not see", choices=LABELS)
     label_weight: float = _model(10.0, "of such a program's classifier, for each label seen", least=0)
     latent: int = _model(2, "dimensions of z", least=1)
-    prior: str | None = _model(None, "of z; by default standard, or conditional for a cvae", choices=AXES["prior"])
+    prior: str | None = _model(
+        None, "of z; by default standard, conditional for a cvae, uniform for a vqvae", choices=AXES["prior"]
+    )
     posterior: str = _model("mean-field", "family of q(z | x)", choices=AXES["posterior"])
     likelihood: str = _model(
         "normal", "of the pixels given z; bernoulli takes 0 and 1 only", choices=AXES["likelihood"]
@@ -107,14 +111,23 @@ class Config:
         known=SCALES,
     )
     components: int = _model(10, "of mixtures: priors, posteriors, likelihoods, pseudo-inputs", least=1)
-    depth: int = _model(4, "layers of a flow, leapfrog steps", least=1)
+    depth: int = _model(4, "layers of a flow or of a prior over codes, leapfrog steps", least=1)
     rank: int = _model(2, "of a low-rank covariance", least=1)
     temperature: float = _model(2 / 3, "of relaxed posteriors and labels", above=0)
-    nets: str = _model("mlp", "kind of encoder and decoder", choices=NETS)
+    codebook: int = _model(128, "codes of a vqvae", least=1)
+    code_width: int = _model(16, "entries of each", least=1)
+    code_updates: str = _model(
+        "averaged", "how codes follow features: as their average, or learned by gradients", choices=CODE_UPDATES
+    )
+    codes: str | None = _model(
+        None, "run folder of a vqvae on whose codes to train a prior; all but training is as there"
+    )
+    prior_width: int = _model(64, "features of a prior over codes at each place", least=1)
+    nets: str = _model("mlp", "kind of encoder and decoder; a vqvae's are always conv", choices=NETS)
     hidden: tuple[int, ...] = _model(
         (128, 64), "widths of the encoder's layers; the decoder has them reversed", least=1
     )
-    channels: tuple[int, ...] = _model((32, 64), "the same of convolutional nets", least=1)
+    channels: tuple[int, ...] = _model((32, 64), "the same of convolutional nets; each halves a picture", least=1)
     activation: str = _model("relu", "between the layers", choices=ACTIVATIONS)
     norm: str = _model("none", "of the hidden layers", choices=NORMS)
     conditioning: str = _model(
@@ -144,6 +157,7 @@ class Config:
     penalty_target: float = _objective(0.5, "nats: of free-bits per latent, of capacity in all", least=0)
     penalty_rise: int = _objective(0, "steps in which capacity's nats rise from 0", least=0)
     penalty_site: str | None = _objective(None, "the latent to penalise, such as z1, where there are several")
+    commitment: float = _objective(0.25, "weight of what draws a vqvae's features to their codes", least=0)
 
     epochs: int = _training(100, "passes over the training data", least=1)
     batch_size: int = _training(64, "rows per step", least=1)
@@ -169,8 +183,8 @@ class Config:
             object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
         if not self.data:
             raise ValueError("data must name a data set, a file or a folder, got nothing")
-        _check_parts(self)
-        _check_objective(self)
+        check_parts(self)
+        check_objective(self)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "config") -> Config:
@@ -190,19 +204,7 @@ class Config:
         Raises:
             ValueError: no such file, not readable as TOML or JSON, unknown keys, wrong types or values.
         """
-        path = Path(path)
-        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
-        try:
-            text = path.read_text(encoding="utf-8")
-            values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-        except OSError as error:
-            raise ValueError(f"config: cannot read {path} ({error.strerror})") from error
-        except ValueError as error:
-            raise ValueError(f"config: {path} is no valid {kind}: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"config: {path} must hold keys and values, got a {type(values).__name__}")
-        check_each(values, cls.__dataclass_fields__, str(path))
-        return cls.from_mapping({**values, **overrides})
+        return cls.from_mapping({**settings_in(path), **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -234,6 +236,27 @@ class Config:
         """Whether bounds have a meaning in bits per dimension of 8-bit data, and whether noise was added."""
         noisy = self.binarise == "dequantise"
         return noisy or AXES["likelihood"][self.likelihood].data == "levels", noisy
+
+
+def settings_in(path: PathLike) -> dict[str, Any]:
+    """The settings that a file holds, as plain values, each checked by itself.
+
+    Raises:
+        ValueError: as `Config.from_file`.
+    """
+    path = Path(path)
+    kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"config: cannot read {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"config: {path} is no valid {kind}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path} must hold keys and values, got a {type(values).__name__}")
+    check_each(values, Config.__dataclass_fields__, str(path))
+    return values
 
 
 def images_of(config: Config) -> Images:
@@ -303,88 +326,3 @@ def objective_of(
         plan = Plan(config, tuple(shape), classes, size, program, config.given)
         objective: Objective = AXES["objective"][config.objective].make(plan)
     return objective
-
-
-def _check_parts(c: Config) -> None:
-    """Raise ValueError where settings of the model do not go together."""
-    model, posterior = AXES["model"][c.model], AXES["posterior"][c.posterior]
-    if c.scale != "learned" and c.likelihood not in ("normal", "student-t"):
-        raise ValueError(f"scale is that of the normal and student-t likelihoods; {c.likelihood} has none")
-    if c.scale not in SCALES and not _positive(c.scale):
-        raise ValueError(f"scale must be {', '.join(SCALES)} or a positive number, got {c.scale!r}")
-    if posterior.prior is not None and c.prior is not None:
-        raise ValueError(f"prior: posterior {c.posterior!r} comes with its own; leave prior out")
-    if c.prior == "conditional" and c.given not in ("label", "known label"):
-        raise ValueError("prior 'conditional' is given the label, which only 'cvae' and 'semi-supervised' take")
-    if c.prior == "vamp" and (c.model != "vae" or c.posterior == "hamiltonian" or not posterior.density):
-        raise ValueError("prior 'vamp' needs model 'vae' and a posterior with a density, other than hamiltonian")
-    if c.norm == "batch" and (c.prior == "vamp" or c.posterior == "hamiltonian" or c.penalise == "gradient"):
-        raise ValueError(
-            "norm 'batch' mixes data, which prior 'vamp', posterior 'hamiltonian' and penalise 'gradient' forbid"
-        )
-    if model.own and (c.prior is not None or c.posterior != "mean-field"):
-        raise ValueError(f"model {c.model!r} has a prior and a posterior of its own; leave both out")
-    if c.model == "belief" and (c.likelihood != "bernoulli" or c.nets != "mlp" or c.path):
-        raise ValueError(
-            "model 'belief' is linear, over bits: likelihood must be 'bernoulli', nets 'mlp', no path"
-        )
-    if AXES["likelihood"][c.likelihood].data == "levels" and c.binarise != "none":
-        raise ValueError(
-            f"likelihood {c.likelihood!r} is of 256 levels; binarise must be 'none', got {c.binarise!r}"
-        )
-    if c.given == "sum" and not (c.counts and c.binarise == "none"):
-        raise ValueError(
-            f"model {c.model!r} is one of counts; likelihood must be one of counts, and binarise 'none'"
-        )
-    for name in ("labelled", "labels", "label_weight"):
-        if c.given != "known label" and c.chosen(name):
-            raise ValueError(f"{name}: model {c.model!r} has no labels to hide; it is for 'semi-supervised'")
-    if c.chosen("conditioning") and not c.given:
-        raise ValueError(f"conditioning: model {c.model!r} is given no condition")
-    if c.path and c.model not in ("hierarchical", "ladder"):
-        raise ValueError(f"path: model {c.model!r} has no levels to go along; 'hierarchical' and 'ladder' have")
-
-
-def _check_objective(c: Config) -> None:
-    """Raise ValueError where settings of the objective do not go together."""
-    if (c.beta != 1 or c.warm_up) and c.objective != "elbo":
-        raise ValueError("beta and warm_up weigh the KL of the elbo; the other bounds have none to weigh")
-    if c.chosen("kl") and c.objective != "elbo":
-        raise ValueError(f"kl is the elbo's; objective {c.objective!r} takes weights of draws; leave kl out")
-    if c.chosen("points") and c.objective != "thermodynamic":
-        raise ValueError(f"points are those of objective 'thermodynamic'; got {c.objective!r}")
-    if c.chosen("alpha") and c.objective not in ("renyi", "ciwae"):
-        raise ValueError(f"alpha is that of objectives 'renyi' and 'ciwae'; got {c.objective!r}")
-    if not AXES["posterior"][c.posterior].density and c.objective != "elbo":
-        raise ValueError(f"posterior {c.posterior!r} has no weights for a bound; objective must be 'elbo'")
-    if c.cycle and not 0 < c.warm_up <= c.cycle:
-        raise ValueError(f"cycle is what warm_up is a part of: give warm_up from 1 to {c.cycle}, got {c.warm_up}")
-    if c.estimator in ("doubly", "sticking") and c.objective == "elbo" and c.kl != "sampled":
-        raise ValueError(
-            f"estimator {c.estimator!r} needs the elbo's KL by draws; kl must be 'sampled', got {c.kl!r}"
-        )
-    if c.penalise != "none" and (c.objective != "elbo" or c.estimator != "pathwise"):
-        raise ValueError("penalise: penalties belong to the elbo, with estimator 'pathwise'")
-    if c.penalise == "free-bits" and (c.kl == "sampled" or c.penalty != c.beta or c.warm_up):
-        raise ValueError(
-            "penalise 'free-bits' offsets the KL: kl must not be 'sampled', penalty as beta, warm_up 0"
-        )
-    if c.penalise == "gradient" and (AXES["model"][c.model].own or c.given == "known label"):
-        raise ValueError(f"penalise 'gradient' is for decoders of one latent; model {c.model!r} has another kind")
-    if c.penalty_site is not None and c.penalise not in SITED:
-        raise ValueError(f"penalty_site is for penalise {', '.join(SITED)}; penalise is {c.penalise!r}")
-    if c.penalty_rise and c.penalise != "capacity":
-        raise ValueError(f"penalty_rise raises the nats of penalise 'capacity'; penalise is {c.penalise!r}")
-    if c.objective == "piwae" and c.posterior == "hamiltonian":
-        raise ValueError(
-            "objective 'piwae' trains model and guide apart; posterior 'hamiltonian' is made of the model"
-        )
-    if c.estimator != "pathwise" and c.objective == "rws":
-        raise ValueError("objective 'rws' has gradients of its own; leave estimator out")
-
-
-def _positive(text: str) -> bool:
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False

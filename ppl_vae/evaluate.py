@@ -22,6 +22,7 @@ from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.predictive import guide_draws, guide_means, inspect_shapes, predict
 from ppl_vae.rng import derived, seeded
+from ppl_vae.sparing import sparing
 from ppl_vae.streaming import Add, Streamed, add_means, add_weights, expected_rows, log_mean, mean_stderr
 from ppl_vae.traces import KL
 
@@ -45,6 +46,7 @@ FEW = 5  # an effective sample size below which a mean of weights, and its error
 ADVICE = "their bounds are loose, and looser than the errors say; see `importance` for what to do"
 
 
+@sparing
 @torch.no_grad()
 def log_likelihood(
     program: Program | Pair,
@@ -77,7 +79,7 @@ def log_likelihood(
 
     Raises:
         ValueError: fewer than one particle or chunk; data that do not suit the pair; a guide that draws points.
-        IncompleteError: weights that are NaN or infinite; it has the estimate of the other data.
+        IncompleteError: data or weights that are NaN or infinite; it has the estimate of the other data.
     """
     at_least_one(particles=particles, chunk=chunk)
     sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}
@@ -146,6 +148,7 @@ def _presented(pair: Pair, source: Source, batch_size: int, seed: int) -> Iterat
         row, number = row + len(batch[0]), number + 1
 
 
+@sparing
 @torch.no_grad()
 def elbo(
     program: Program | Pair,
@@ -176,7 +179,7 @@ def elbo(
 
     Raises:
         ValueError: fewer than one particle or chunk; data that do not suit the pair; a guide that draws points.
-        IncompleteError: weights that are NaN or infinite; it has the estimate of the other data.
+        IncompleteError: data or weights that are NaN or infinite; it has the estimate of the other data.
     """
     at_least_one(particles=particles, chunk=chunk)
     sizes = {"batch_size": batch_size, "particles": particles, "chunk": chunk}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +67,22 @@ class Film(Hook):
         """Add a frame of the pair as it is."""
         means = reconstruct(run.pair, *self.inputs)
         self.pictures.append(film_frame(self.inputs[0], means, self._draws(run.pair), self.shape, caption))
+
+    def state(self) -> dict[str, Any]:
+        """The pictures so far, packed: most of each is background."""
+        packed = [bytearray(zlib.compress(picture.tobytes(), 1)) for picture in self.pictures]
+        return {
+            "shapes": [list(picture.shape) for picture in self.pictures],
+            "pictures": [torch.frombuffer(p, dtype=torch.uint8) for p in packed],
+        }
+
+    def restore(self, run: Run, state: dict[str, Any]) -> None:
+        """Go on from the pictures so far."""
+        unpacked = (zlib.decompress(packed.numpy().tobytes()) for packed in state["pictures"])
+        self.pictures = [
+            np.frombuffer(pixels, np.uint8).reshape(shape)
+            for pixels, shape in zip(unpacked, state["shapes"], strict=True)
+        ]
 
     def _draws(self, pair: Pair) -> Tensor:
         x, *context = self.inputs

@@ -8,19 +8,26 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ppl_vae.pairs import Pair, Program, as_pair
+
 if TYPE_CHECKING:
     from ppl_vae.loop import Run
 
-__all__ = ["Anneal", "EarlyStop", "Hook", "LogCSV", "LogTensorBoard", "Progress", "cyclical", "linear"]
+__all__ = ["Anneal", "EarlyStop", "Hook", "LogCSV", "LogTensorBoard", "Progress", "WholeProgram"]
+__all__ += ["cyclical", "linear"]
 
 
 class Hook:
-    """Called at five moments of a run; every method does nothing until overridden."""
+    """Called at five moments of a run; every method does nothing until overridden.
+
+    A hook that remembers anything from one epoch to the next gives it as its state, and so is part of checkpoints.
+    """
 
     def on_start(self, run: Run) -> None:
         """Before the first step."""
@@ -36,6 +43,13 @@ class Hook:
 
     def on_end(self, run: Run) -> None:
         """At the end, however it came: finished, stopped, interrupted, or failed."""
+
+    def state(self) -> dict[str, Any] | None:
+        """What it remembers between two epochs: tensors and plain values; None for nothing."""
+        return None
+
+    def restore(self, run: Run, state: dict[str, Any]) -> None:
+        """Go on from a state, after ``on_start``, in a run whose history is that of the checkpoint."""
 
 
 class Progress(Hook):
@@ -103,6 +117,14 @@ class EarlyStop(Hook):
             self.since += 1
         if self.since >= self.patience:
             run.stop(f"no rise of the validation bound in {self.patience} epochs")
+
+    def state(self) -> dict[str, Any]:
+        """The best bound, and the epochs since."""
+        return {"best": self.best, "since": self.since}
+
+    def restore(self, run: Run, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.best, self.since = state["best"], state["since"]
 
 
 class Anneal(Hook):
@@ -175,12 +197,23 @@ class LogCSV(Hook):
 
     def on_epoch(self, run: Run) -> None:
         """Append the epoch's row."""
-        row = run.history[-1]
+        self._append(run.history[-1:])
+
+    def state(self) -> dict[str, Any]:
+        """Nothing of its own: the history has it all."""
+        return {}
+
+    def restore(self, run: Run, state: dict[str, Any]) -> None:
+        """Write the rows of the epochs that are done."""
+        self._append(run.history)
+
+    def _append(self, rows: list[dict[str, float]]) -> None:
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+            for row in rows:
+                writer = csv.DictWriter(file, fieldnames=list(row))
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
 
 
 class LogTensorBoard(Hook):
@@ -206,3 +239,53 @@ class LogTensorBoard(Hook):
     def on_end(self, run: Run) -> None:
         """Flush and close the files."""
         self.writer.close()
+
+
+class WholeProgram(Hook):
+    """Show a hook the whole program that a part is trained of, so that the whole is saved or filmed.
+
+    The hook may look at the run, and not stop it.
+
+    Args:
+        program: the whole, which shares the trained parameters.
+        hook: what sees it as the pair of the run.
+
+    >>> import ppl_vae as pv
+    >>> prior = pv.LearnedNormal(2)
+    >>> vae = pv.VAE(prior, pv.Normal(pv.MLP(2, 8, 4), scale=1.0), pv.mean_field(pv.MLP(4, 8, 4)))
+    >>> hook = WholeProgram(vae, pv.Save("vae.safetensors"))  # for a run that trains pv.Density(prior)
+    """
+
+    def __init__(self, program: Program | Pair, hook: Hook) -> None:
+        self.program, self.hook = program, hook
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step."""
+        self.hook.on_start(self._whole(run))
+
+    def on_step(self, run: Run) -> None:
+        """Before each step."""
+        self.hook.on_step(self._whole(run))
+
+    def on_report(self, run: Run, value: float, rate: float) -> None:
+        """When losses were read."""
+        self.hook.on_report(self._whole(run), value, rate)
+
+    def on_epoch(self, run: Run) -> None:
+        """After each epoch."""
+        self.hook.on_epoch(self._whole(run))
+
+    def on_end(self, run: Run) -> None:
+        """At the end."""
+        self.hook.on_end(self._whole(run))
+
+    def state(self) -> dict[str, Any] | None:
+        """The hook's."""
+        return self.hook.state()
+
+    def restore(self, run: Run, state: dict[str, Any]) -> None:
+        """The hook goes on."""
+        self.hook.restore(self._whole(run), state)
+
+    def _whole(self, run: Run) -> Run:
+        return replace(run, pair=as_pair(self.program))

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ppl_vae.batches import Data
 from ppl_vae.capture import Captured, Engine
 from ppl_vae.hooks import Hook
 from ppl_vae.objectives import Objective
 from ppl_vae.pairs import Batch, Pair
+from ppl_vae.resuming import Checkpoints, RunState
 from ppl_vae.rng import seeded
 from ppl_vae.steps import Feed, Stepper
 from ppl_vae.traces import log_terms
@@ -95,8 +97,10 @@ class Loop:
         every_step: bool,
         report_every: int,
         seed: int,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.run, self.train, self.hooks = run, train, hooks
+        self.checkpoints, self.state = checkpoints, RunState(run, hooks, self.settings(seed))
         self.every_step, self.report_every, self.seed = every_step, report_every, seed
         self.parameters = [p for update in run.updates for p in update.parameters]
         self.steppers = [Stepper(update, run.engine, train) for update in run.updates]
@@ -118,8 +122,10 @@ class Loop:
     def go(self) -> None:
         """Run to the end, and call ``on_end`` however it comes."""
         run = self.run
+        held = None if self.checkpoints is None else self.state.find(self.checkpoints)
         try:
             self.call("on_start")
+            self.begin(held)
             while run.epoch < run.epochs and not run.stopping:
                 self.one_epoch()
             run.reason = run.reason or "all epochs done"
@@ -185,6 +191,28 @@ class Loop:
             run.best_epoch, self.best = run.epoch, snapshot(run.pair)
         self.adjust(total / count if self.valid is None else mean)
         self.call("on_epoch")
+        over = run.epoch == run.epochs or run.stopping
+        if self.checkpoints is not None and (over or run.epoch % self.checkpoints.every == 0):
+            self.checkpoints.write(run.epoch, self.state.take(self.best))
+
+    def begin(self, held: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint, or write the first: where that fails, it does before the work."""
+        if held is not None:
+            self.best = self.state.put(held)
+            self.good = self.latest = snapshot(self.run.pair)
+        elif self.checkpoints is not None:
+            self.checkpoints.write(0, self.state.take(None))
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What decides the numbers of a run besides what is in its state."""
+        feed, run = self.train, self.run
+        return {
+            "seed": seed,
+            "batch_size": feed.size,
+            "rows": len(feed.source) if isinstance(feed.source, Data) else None,
+            "updates": [[type(u.optimizer).__name__, u.precision, u.clip_norm] for u in run.updates],
+            "schedules": [type(schedule).__name__ for schedule in run.schedules],
+        }
 
     def looks_again(self) -> bool:
         """Whether, before this epoch, graphs are compared with what programs compute now: at 1, 2, 4, 8, ..."""

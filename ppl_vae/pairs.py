@@ -289,6 +289,13 @@ def prior_guided(model: Callable[..., Any]) -> Pair:
     return Pair(model, guide)
 
 
+def paired(program: Any) -> Pair:
+    """The pair of a program, or of a model alone: a callable, or an object with a model and no guide."""
+    if isinstance(program, Pair) or hasattr(program, "guide"):
+        return as_pair(program)
+    return prior_guided(getattr(program, "model", program))
+
+
 def _is_observed(site: dict[str, Any]) -> bool:
     return site["type"] == "sample" and bool(site["is_observed"])
 

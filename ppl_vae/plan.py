@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.autoregressive import CodeGrid, GatedPixelCNN, PixelCNN, PixelCNNPlusPlus
 from ppl_vae.conditionals import Conditional, FixedScale, LearnedScale, NetScale, Normal, OptimalScale, Scale
 from ppl_vae.convolutions import ConvDecoder, ConvEncoder
 from ppl_vae.counts import NegativeBinomial, Poisson
@@ -21,7 +22,15 @@ from ppl_vae.likelihoods import Bernoulli, Beta, ContinuousBernoulli, StudentT
 from ppl_vae.nets import MLP, Concat, Modulated, OneHot
 from ppl_vae.pixels import Categorical, DiscretisedLogistic, LogisticMixture
 from ppl_vae.posteriors import FullCovariance, LowRank, MixtureOfNormals, Point, mean_field
-from ppl_vae.priors import LearnedNormal, MixturePrior, StandardNormal, VampPrior, conditional_normal, flow_prior
+from ppl_vae.priors import (
+    LearnedNormal,
+    MixturePrior,
+    StandardNormal,
+    UniformCodes,
+    VampPrior,
+    conditional_normal,
+    flow_prior,
+)
 from ppl_vae.refining import LocalFamily, local_full_covariance, local_mean_field
 from ppl_vae.scalars import SplineMap
 from ppl_vae.triangular import coupling, inverse_autoregressive, masked_autoregressive
@@ -59,6 +68,7 @@ class Choice:
         given: for programs, what they take besides the data: the label, as far as it is known, or the sum.
         own: for programs with a prior and a posterior of their own.
         plane: for programs, whether any point of a plane of their codes is a code, and shows a whole datum.
+        codes: for programs, whether their latent is a grid of codes of a codebook; for priors, whether of such.
     """
 
     make: Callable[[Plan], Any]
@@ -71,6 +81,7 @@ class Choice:
     given: Literal["", "label", "known label", "sum"] = ""
     own: bool = False
     plane: bool = True
+    codes: bool = False
 
 
 class _Log(nn.Module):
@@ -92,6 +103,7 @@ class Plan:
         program: the one that an objective is for.
         given: what the program takes besides the data, as in `Choice`.
         code: width of what the decoder takes, where it is not z.
+        spatial: whether nets are convolutions whose features, those of codes, keep their places.
     """
 
     config: Config
@@ -101,6 +113,7 @@ class Plan:
     program: Any = None
     given: str = ""
     code: int | None = None
+    spatial: bool = False
 
     @property
     def width(self) -> int:
@@ -126,10 +139,8 @@ class Plan:
     def encoder(self, outputs: int, given: bool = True) -> nn.Module:
         """A net of the data and, with ``given``, of what is given besides."""
         first = _Log() if LIKELIHOODS[self.config.likelihood].data == "counts" else None
-        if self.config.nets == "conv":
-            net: nn.Module = ConvEncoder(
-                self.channels_first, self.config.channels, outputs, flat=True, **self.conv
-            )
+        if self.spatial or self.config.nets == "conv":
+            net: nn.Module = ConvEncoder(self.channels_first, self.config.channels, outputs, **self.conv)
             return Modulated(net, *self.condition) if given and self.given else net
         return self._joined(self.width, outputs, first, self.config.hidden, given and bool(self.given))
 
@@ -137,12 +148,10 @@ class Plan:
         """A net of the latent and, unless a likelihood takes that itself, of what is given besides."""
         make, given = POSTERIORS[self.config.posterior].front, self.given not in ("", "sum")
         front, code = None if make is None else make(), self.latent if self.code is None else self.code
-        if self.config.nets == "mlp":
+        if self.config.nets == "mlp" and not self.spatial:
             return self._joined(code, outputs, front, tuple(reversed(self.config.hidden)), given)
         pixels, channels = math.prod(self.channels_first[1:]), tuple(reversed(self.config.channels))
-        net: nn.Module = ConvDecoder(
-            code, channels, self.channels_first, outputs // pixels, flat=True, **self.conv
-        )
+        net: nn.Module = ConvDecoder(code, channels, self.channels_first, outputs // pixels, **self.conv)
         net = net if front is None else nn.Sequential(front, net)
         return Modulated(net, *self.condition) if given else net
 
@@ -174,7 +183,14 @@ class Plan:
     @property
     def conv(self) -> dict[str, Any]:
         """Options of convolutional nets."""
-        return {"blocks": int(self.config.residual), **self.style}
+        return {"blocks": int(self.config.residual), "flat": True, "spatial": self.spatial, **self.style}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of a grid of codes: each of the channels halves those of a picture."""
+        _, height, width = self.channels_first
+        times = len(self.config.channels)
+        return height >> times, width >> times
 
     def scale(self) -> Scale:
         """The scale of likelihoods that have one."""
@@ -193,7 +209,7 @@ class Plan:
         if own is not None:
             return own(self)
         if chosen is None:
-            chosen = "conditional" if self.given == "label" else "standard"
+            chosen = "uniform" if self.spatial else "conditional" if self.given == "label" else "standard"
         made: Conditional = PRIORS[chosen].make(self)
         return made
 
@@ -241,6 +257,14 @@ def _vamp(plan: Plan) -> Conditional:
     return VampPrior(plan.posterior, inputs, unit=LIKELIHOODS[plan.config.likelihood].data != "counts")
 
 
+def _code_grid(plan: Plan) -> CodeGrid:
+    return CodeGrid(plan.config.codebook, plan.grid, plan.config.prior_width)
+
+
+def _levels(grid: tuple[int, int]) -> int:  # resolutions: a grid is halved while both sides are even
+    return next(levels for levels in (3, 2, 1) if all(side % 2 ** (levels - 1) == 0 for side in grid))
+
+
 PRIORS: dict[str, Choice] = {
     "standard": Choice(lambda p: StandardNormal(p.latent), "N(0, I)"),
     "learned": Choice(lambda p: LearnedNormal(p.latent), "diagonal normal, learned"),
@@ -251,6 +275,18 @@ PRIORS: dict[str, Choice] = {
         "masked autoregressive flow",
     ),
     "conditional": Choice(_by_label, "diagonal normal given the label"),
+    "uniform": Choice(lambda p: UniformCodes(p.config.codebook, p.grid), "over codes, all alike", codes=True),
+    "pixelcnn": Choice(
+        lambda p: PixelCNN(_code_grid(p), p.config.depth), "over codes, --depth blocks", codes=True
+    ),
+    "gated-pixelcnn": Choice(
+        lambda p: GatedPixelCNN(_code_grid(p), p.config.depth), "the same without a blind spot", codes=True
+    ),
+    "pixelcnn++": Choice(
+        lambda p: PixelCNNPlusPlus(_code_grid(p), p.config.depth, levels=_levels(p.grid)),
+        "the same at up to three resolutions, --depth blocks in each half of one",
+        codes=True,
+    ),
 }
 
 POSTERIORS: dict[str, Choice] = {

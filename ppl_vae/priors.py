@@ -289,7 +289,7 @@ class UniformCodes(Conditional):
 
     Args:
         codes: how many there are.
-        shape: of the grid, such as (7, 7); it is the event's.
+        shape: of the grid, such as (7, 7); it is the event's. (): one code for a datum.
 
     Raises:
         ValueError: fewer than one code, or a grid without places.
@@ -301,8 +301,8 @@ class UniformCodes(Conditional):
     def __init__(self, codes: int, shape: Sequence[int]) -> None:
         super().__init__()
         at_least_one(codes=codes)
-        if not shape or min(shape) < 1:
-            raise ValueError(f"shape must be one or more positive lengths, got {tuple(shape)}")
+        if min(shape, default=1) < 1:
+            raise ValueError(f"shape must be positive lengths, got {tuple(shape)}")
         self.register_buffer("logits", torch.zeros(*shape, codes))
         self.logits: Tensor
 

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal, Normal, TransformedDistribution
 
 from ppl_vae.capture import Captured, Compile, Engine
 from ppl_vae.conditionals import Conditional, at_least_one
+from ppl_vae.draws import balanced, power_of_two
 from ppl_vae.estimates import Average, Estimate, average, kept, share_warning, whole
 from ppl_vae.evaluate import FEW, elbo, judging, presented
 from ppl_vae.flows import Flowed, planar
@@ -30,7 +29,8 @@ from ppl_vae.pairs import Batch, Pair, Program
 from ppl_vae.paths import Coordinates
 from ppl_vae.posteriors import FullCovariance, mean_field
 from ppl_vae.rng import derived, seeded
-from ppl_vae.sites import base, statements
+from ppl_vae.sites import statements
+from ppl_vae.sparing import sparing
 from ppl_vae.streaming import add_means, add_weights, log_mean, mean_stderr
 from ppl_vae.tails import FEWEST, khat_threshold, pareto
 from ppl_vae.traces import LogTerms, by_datum, check_whole, joint_terms, run_guide, run_model
@@ -38,7 +38,8 @@ from ppl_vae.traces import LogTerms, by_datum, check_whole, joint_terms, run_gui
 __all__ = ["Local", "LocalFamily", "Refined", "local_flow", "local_full_covariance", "local_mean_field", "refine"]
 
 DRAWS = 100  # of the guide, to find where it is and how wide
-PARTICLES = 8, 32  # per step, in the first part and in that which is averaged
+FIRST = 8  # draws per step, in the first part
+LAST = 32, 128  # in that which is averaged: at least, and as twice as many as latents, at most
 DECAY = 0.9, 0.99  # of Adam's two averages
 TINY = 1e-8  # lest Adam divides by zero
 SURE = 3.0  # standard errors beyond which a difference is no chance
@@ -144,6 +145,7 @@ class Refined:
         return f"{self.before}\n{self.elbo}\n{self.bound}\nimprovement {self.improvement} nats per datum"
 
 
+@sparing
 def refine(
     program: Program | Pair,
     data: Any,
@@ -159,10 +161,11 @@ def refine(
 ) -> Refined:
     """Optimise a posterior of its own for each datum; nothing of the program changes.
 
-    Each step ascends the ELBO of 8 draws, later of 32, by the gradient without the score, whose noise vanishes as
-    q becomes the posterior (Roeder, Wu & Duvenaud 2017, eq. 8), with Adam, whose averages are each number's own,
-    so that data have no part in one another. Steps get shorter along a cosine, down to none (Loshchilov & Hutter
-    2017, eq. 5).
+    Each step ascends the ELBO of 8 draws, later of 32 to 128, by the gradient without the score, whose noise
+    vanishes as q becomes the posterior (Roeder, Wu & Duvenaud 2017, eq. 8). Draws come with their signs turned, so
+    that with up to 64 latents it vanishes too where independent normals are as near as they get to a normal
+    posterior. Adam's averages are each number's own, so that data have no part in one another. Steps get shorter
+    along a cosine, down to none (Loshchilov & Hutter 2017, eq. 5).
 
     Args:
         program: the pair; its guide says where to start and in which units.
@@ -184,7 +187,7 @@ def refine(
     Raises:
         ValueError: sizes out of range; data that do not suit the pair; a guide that draws points, or whose ELBO is
             NaN; nothing latent; a latent that is discrete, or whose support depends on others.
-        IncompleteError: bounds that are NaN or infinite; it has the results of the other data.
+        IncompleteError: data or bounds that are NaN or infinite; it has the results of the other data.
     """
     at_least_one(steps=steps, particles=particles, chunk=chunk)
     if not callable(family):
@@ -250,9 +253,9 @@ class _Refiner:
         width = self.place(batch).mean.shape[-1]
         law, self.numbers = family(width)
         self.law = law.to(pair.device, pair.dtype).requires_grad_(False).eval()
-        uses = partial(self._uses, steps)
+        uses, last = partial(self._uses, steps), min(LAST[1], max(LAST[0], 2 * power_of_two(width)))
         self.early, self.late = (
-            Captured(engine, [pair, self.law], partial(self._step, count), uses) for count in PARTICLES
+            Captured(engine, [pair, self.law], partial(self._step, count), uses) for count in (FIRST, last)
         )
         self.parts: dict[int, Captured] = {}  # of judging, for each size of a chunk
 
@@ -314,7 +317,7 @@ class _Refiner:
         with pyro.validation_enabled(False):  # it would wait for the device
             law = density = self.law(numbers)
             if numbers.requires_grad:
-                drawn, density = _mirrored(law, particles // 2), self.law(numbers.detach())
+                drawn, density = balanced(law, particles), self.law(numbers.detach())
             else:
                 drawn = law.rsample((particles,))
             log_q = density.log_prob(drawn) - place.scale.log().sum(-1)
@@ -349,20 +352,6 @@ class _Refiner:
         weight = terms.weight().double()
         latents = (total + z.double().sum(0) for total, z in zip(sums[8:], terms.samples.values(), strict=True))
         return [*add_weights(sums[:2], terms, weight), *add_means(sums[2:8], terms, weight), *latents, weight]
-
-
-def _mirrored(law: TorchDistribution, pairs: int) -> Tensor:
-    """Draws, those of normals in pairs on both sides of the mean: what is odd has no part in their noise."""
-    first, maps = (law.base_dist, law.transforms) if isinstance(law, TransformedDistribution) else (law, ())
-    drawn: Tensor
-    if not isinstance(base(first), Normal | MultivariateNormal):
-        drawn = law.rsample((2 * pairs,))
-        return drawn
-    drawn = first.rsample((pairs,))
-    drawn = torch.cat([drawn, 2 * first.mean - drawn])
-    for change in maps:
-        drawn = change(drawn)
-    return drawn
 
 
 def _results(

@@ -18,6 +18,7 @@ from ppl_vae.loop import Loop, NonFiniteError, Run
 from ppl_vae.objectives import ELBO, Objective, Part, as_objective
 from ppl_vae.pairs import Pair, Program, as_pair
 from ppl_vae.products import Precision
+from ppl_vae.resuming import Checkpoints
 from ppl_vae.rng import seeded
 from ppl_vae.semiamortised import SemiAmortised
 from ppl_vae.steps import Feed
@@ -72,6 +73,7 @@ def fit(
     compile: Compile = "auto",
     precision: Precision = "float32",
     refine: int = 0,
+    checkpoints: Checkpoints | None = None,
 ) -> Run:
     """Train a (model, guide) pair by stochastic variational inference.
 
@@ -102,13 +104,15 @@ def fit(
             faster where the processor has them, at some thousandths of relative error in each product.
         refine: steps that refine the posterior of each datum before the model learns from it, as `SemiAmortised`
             has it; 0 for none.
+        checkpoints: where to keep all that the run needs to go on, after every epoch, and whether to go on from
+            what is kept there. A run that was killed and resumed ends with the bits of one that never was.
 
     Returns:
         The run. Ctrl-C ends it early: hooks save, and what there is comes back, ``interrupted`` set.
 
     Raises:
-        ValueError: bad data or settings, before training starts; under compile="require", a step that cannot be
-            captured or compiled.
+        ValueError: bad data or settings, or checkpoints of another run, before training starts; a checkpoint that
+            cannot be written; under compile="require", a step that cannot be captured or compiled.
         NonFiniteError: the objective or a parameter became NaN or infinite; the pair holds the parameters of its
             best epoch, or without validation the last whose objective was finite.
     """
@@ -147,6 +151,7 @@ def fit(
             every_step=scheduler_every == "step",
             report_every=report_every,
             seed=seed,
+            checkpoints=checkpoints,
         ).go()
     return run
 

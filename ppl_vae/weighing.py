@@ -20,6 +20,7 @@ from ppl_vae.estimates import Estimate, share_warning, whole
 from ppl_vae.evaluate import check_density, judging, presented
 from ppl_vae.pairs import Batch, Pair, Program
 from ppl_vae.sites import statements
+from ppl_vae.sparing import sparing
 from ppl_vae.streaming import Streamed, expected_rows, log_mean
 from ppl_vae.tails import khat_threshold, pareto
 from ppl_vae.traces import LogTerms, check_whole, run_guide, run_model, tabulate
@@ -29,6 +30,7 @@ __all__ = ["importance"]
 ADVICE = "their bounds are looser than the errors say: try a `widened` guide, defensive=0.1, or `annealed`"
 
 
+@sparing
 @torch.no_grad()
 def importance(
     program: Program | Pair,
@@ -74,7 +76,7 @@ def importance(
         ValueError: fewer than 25 particles, or a chunk below one; ``defensive`` outside [0, 1), or with a guide
             that draws more than the model's latents; nothing latent; data that do not suit the pair; a guide that
             draws points.
-        IncompleteError: weights that are NaN or infinite; it has the estimate of the other data.
+        IncompleteError: data or weights that are NaN or infinite; it has the estimate of the other data.
     """
     limit = khat_threshold(particles)
     at_least_one(chunk=chunk)

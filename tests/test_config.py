@@ -24,7 +24,11 @@ CHOICES = [  # of the rest: the axes are test_contract's
     for choice in f.metadata.get("choices", ())
     if choice != "dequantise"  # digits have no 256 levels
 ]
-NEEDS = {"labels": {"model": "semi-supervised"}, "conditioning": {"model": "cvae"}}
+NEEDS = {
+    "labels": {"model": "semi-supervised"},
+    "conditioning": {"model": "cvae"},
+    "code_updates": {"model": "vqvae", "channels": (4,), "codebook": 8, "hidden": Config().hidden},
+}
 
 
 def write(path, text):

@@ -63,7 +63,8 @@ BY_POSTERIOR = {  # what does not go with each: see the refusals below
 def candidates(posterior, likelihood):
     """All that goes with a posterior and a likelihood: priors, objectives, estimators."""
     own, density = AXES["posterior"][posterior].prior is not None, AXES["posterior"][posterior].density
-    priors = [None] if own else [name for name in AXES["prior"] if name != "conditional"]
+    free = [name for name, choice in AXES["prior"].items() if name != "conditional" and not choice.codes]
+    priors = [None] if own else free
     if not density or posterior == "hamiltonian":
         priors.remove("vamp")  # the mixture of their posteriors has no density, or needs the prior itself
     for prior, (objective, estimator) in product(priors, BY_POSTERIOR.get(posterior, ANY)):
@@ -153,7 +154,21 @@ def context(model, x):
 KINDS = {"belief": "bernoulli", "sized": "poisson"}
 
 
-@pytest.mark.parametrize("model", [*AXES["model"]])
+CODES = {"model": "vqvae", "channels": (4,), "codebook": 5, "code_width": 3, "components": 3, "prior_width": 4}
+
+
+@pytest.mark.parametrize("likelihood", sorted(AXES["likelihood"].keys() - COUNTS))
+def test_codes_go_with_every_likelihood_of_pictures(interpreted, likelihood):
+    holds(Config(**CODES, likelihood=likelihood), data(likelihood))
+
+
+@pytest.mark.parametrize("prior", [name for name, choice in AXES["prior"].items() if choice.codes])
+def test_every_prior_over_codes_is_learned_with_them(interpreted, prior):
+    program = holds(Config(**CODES, prior=prior, depth=1, code_updates="learned"), data("normal"))
+    assert pv.sample(program, 3).shape == (3, 16)
+
+
+@pytest.mark.parametrize("model", [name for name, choice in AXES["model"].items() if not choice.codes])
 @pytest.mark.parametrize("nets", ["mlp", "conv"])
 def test_programs(interpreted, model, nets):
     if nets == "conv" and model in ("belief", "deep-markov"):

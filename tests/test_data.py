@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import os
+import pickle
+import shutil
 import struct
 from collections import Counter
 from pathlib import Path
@@ -347,6 +351,90 @@ def test_damaged_and_missing_files_are_refused(tmp_path):
     refused("cannot get MNIST.*not found", data.mnist, tmp_path, False)
     write_idx(tmp_path / "MNIST" / "raw", packed=True, train=59_999)
     refused("found .59999, 59999", data.mnist, tmp_path, False)
+
+
+def write_cifar(folder: Path, monkeypatch, marked: tuple[str, ...] = ()) -> np.ndarray:
+    """CIFAR-10's files with twenty pictures each, whose MD5 sums torchvision takes for the right ones."""
+    folder.mkdir(parents=True)
+    rng, sums, pictures = np.random.default_rng(0), {}, []
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
+        held: dict = {"label_names": list("abcdefghij")}
+        if name != "batches.meta":
+            held = {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [*range(10)] * 2}
+            pictures.append(held["data"])
+        (folder / name).write_bytes(pickle.dumps(held))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[n, s] for n, s in sums.items() if n.startswith("data")])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+    return np.concatenate(pictures)
+
+
+def test_cifar10_is_split_in_order_with_channels_first(tmp_path, monkeypatch):
+    raw = write_cifar(tmp_path / "cifar-10-batches-py", monkeypatch)
+    before = snapshot(tmp_path)
+    images = data.cifar10(tmp_path)
+    assert snapshot(tmp_path) == before
+    assert (images.name, images.shape, images.classes) == ("cifar10", (3, 32, 32), tuple("abcdefghij"))
+    assert sizes(images) == (90, 10, 20)  # the last tenth of training is for validation
+    assert torch.equal(torch.cat([split.x for split in parts(images)]), torch.from_numpy(unit(raw)))
+    assert images.valid.y.tolist() == [*range(10)]
+
+
+def test_cifar10_of_other_sums_is_never_unpickled(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar(folder, monkeypatch)
+    monkeypatch.setattr(datasets.CIFAR10, "download", lambda self: pytest.fail("what is there is not replaced"))
+    for name in ("data_batch_3", "test_batch", "batches.meta"):
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+        refused("cannot get CIFAR10 into .*corrupted.*--data-dir DIR", data.cifar10, tmp_path)
+        (folder / name).unlink()
+        refused("cannot get CIFAR10", data.cifar10, tmp_path)
+        (folder / name).write_bytes(good)
+    assert not (tmp_path / "exploded").exists()
+    assert len(data.cifar10(tmp_path).train) == 90
+
+
+class Bomb:
+    """Pickled, it makes a folder where it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_download_of_cifar10_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_cifar(tmp_path / "there" / "cifar-10-batches-py", monkeypatch)
+
+    def works(self) -> None:
+        shutil.copytree(tmp_path / "there", self.root, dirs_exist_ok=True)
+
+    def breaks(self) -> None:
+        works(self)
+        raise URLError("no route")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.CIFAR10, "download", breaks)
+    refused("cannot get CIFAR10.*no route", data.cifar10)
+    refused("cannot get CIFAR10.*not found", data.cifar10, None, False)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(datasets.CIFAR10, "download", works)
+    first = data.cifar10()
+    monkeypatch.setattr(datasets.CIFAR10, "download", breaks)
+    assert torch.equal(data.cifar10().test.x, first.test.x)
+
+
+@pytest.mark.data
+def test_pictures_of_cifar10_in_an_npz_file(real_data):
+    images = data.from_path(real_data / "CIFAR10" / "cifar10_train_first4000.npz")
+    assert images.shape == (3, 32, 32)
+    assert sum(sizes(images)) == 4000
+    assert torch.equal((images.train.x * 255).round() / 255, images.train.x)
+    assert len(images.classes) == 10
 
 
 @pytest.mark.data

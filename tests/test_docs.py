@@ -25,6 +25,7 @@ from ppl_vae.flags import parser
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 RUNNABLE = [ROOT / "README.md", ROOT / "docs/get-started.md", ROOT / "docs/engine.md", ROOT / "docs/extending.md"]
+RUNNABLE += [ROOT / "docs/codes.md"]
 QUOTING = ROOT / "docs/math.md"
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)

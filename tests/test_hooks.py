@@ -14,7 +14,7 @@ from small import fit, pixels, same, vae, weights
 
 import ppl_vae as pv
 from ppl_vae.batches import Data
-from ppl_vae.hooks import Hook, cyclical
+from ppl_vae.hooks import Hook, WholeProgram, cyclical
 
 X, HELD_OUT = pixels(64), pixels(40, seed=1)
 sgd = partial(torch.optim.SGD, lr=1e-2)
@@ -301,3 +301,42 @@ def test_the_bar_is_silent_where_there_is_no_terminal(capfd):
 
 def test_the_bar_closes_though_the_run_never_started():
     pv.Progress().on_end(None)
+
+
+class Witness(Hook):
+    """Keeps each moment with the pair that it saw."""
+
+    def __init__(self):
+        self.moments = []
+
+    def on_start(self, run):
+        self.moments.append(("start", run.pair, run.epoch))
+
+    def on_step(self, run):
+        self.moments.append(("step", run.pair, run.epoch))
+
+    def on_report(self, run, value, rate):
+        self.moments.append(("report", run.pair, run.epoch))
+
+    def on_epoch(self, run):
+        self.moments.append(("epoch", run.pair, run.epoch))
+
+    def on_end(self, run):
+        self.moments.append(("end", run.pair, run.epoch))
+
+
+def test_within_shows_the_whole_program_at_every_moment(tmp_path):
+    prior = pv.LearnedNormal(2)
+    whole = pv.VAE(prior, pv.Normal(pv.MLP(2, 8, 12), scale=1.0), pv.mean_field(pv.MLP(12, 8, 2 * 2)))
+    before, z = weights(whole), torch.randn(20, 2) + 3
+    part, seen = Witness(), Witness()
+    save = WholeProgram(whole, pv.Save(tmp_path / "whole.safetensors"))
+    fit(pv.Density(prior), z, z, epochs=2, batch_size=10, hooks=[part, WholeProgram(whole, seen), save])
+    assert [(name, epoch) for name, _, epoch in seen.moments] == [(name, epoch) for name, _, epoch in part.moments]
+    assert {name for name, *_ in seen.moments} == {"start", "step", "report", "epoch", "end"}
+    assert all(pair is pv.as_pair(whole) for _, pair, _ in seen.moments)
+    kept = pv.VAE(pv.LearnedNormal(2), pv.Normal(pv.MLP(2, 8, 12), scale=1.0), pv.mean_field(pv.MLP(12, 8, 2 * 2)))
+    pv.load_weights(kept, tmp_path / "whole.safetensors")
+    assert same(weights(kept), weights(whole))
+    changed = {name for name, value in weights(whole).items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("prior.")}

@@ -12,16 +12,16 @@ import ppl_vae
 
 PACKAGE = Path(ppl_vae.__file__).parent
 LAYERS = [
-    "rng files products rewrites graphs transforms nets convolutions conditionals priors scalars flows triangular "
+    "rng files packing products rewrites graphs transforms nets convolutions conditionals priors scalars flows triangular "
     "likelihoods pixels counts posteriors divergences discrete hamiltonian tails "
     "codebooks codes autoregressive",
     "models hierarchies belief sequences semisupervised",
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
-    "enumeration moving proposals semiamortised quantising",
-    "streams batches holding capture updates steps hooks loop train estimates streaming densities evaluate "
+    "enumeration moving proposals semiamortised quantising draws",
+    "streams batches holding capture updates steps hooks resuming loop train estimates streaming densities evaluate "
     "disentangling paths schedules annealing generators weighing refining amortisation overfitting calibration "
-    "criticism coding decomposition",
-    "data plots arviz_export film checkpoint settings plan axes config runs verdicts flags cli",
+    "criticism coding sparing decomposition",
+    "data plots arviz_export film checkpoint settings plan axes config folders figures runs verdicts flags cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ENTRANCES = {"__init__", "__main__"}  # they stand above all layers

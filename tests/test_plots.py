@@ -556,3 +556,48 @@ def test_figures_are_not_kept_alive():
     for _ in range(3):
         plots.film_frame(DIGITS[:4], DIGITS[:4], DIGITS[:4], (8, 8), "epoch")
     assert alive() == before
+
+
+def test_code_maps_show_codes_by_colour_and_how_often_each_is_used():
+    x, vectors = DIGITS[:12], torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    indices = torch.randint(5, (12, 4, 4), generator=torch.Generator().manual_seed(1))  # the sixth does not occur
+    fig = plots.code_maps(x, indices, vectors, (8, 8), columns=5)
+    colours = {}
+    for column in range(5):
+        assert np.allclose(at(fig, 0, column, 5, (8, 8))[..., 0], x[column].reshape(8, 8))
+        drawn = at(fig, 1, column, 5, (8, 8))
+        for code, colour in zip(
+            indices[column].repeat_interleave(2, 0).repeat_interleave(2, 1), drawn, strict=True
+        ):
+            for one, rgb in zip(code.tolist(), colour, strict=True):
+                colours.setdefault(one, set()).add(tuple(rgb.tolist()))
+    assert [len(seen) for seen in colours.values()] == [1] * 5  # one colour for a code, everywhere
+    assert len(set.union(*colours.values())) == 5
+    counts = indices.flatten().bincount(minlength=6).sort(descending=True).values / indices.numel()
+    heights = [bar.get_height() for bar in fig.axes[1].patches]
+    assert heights == pytest.approx((100 * counts).tolist())
+    shares = counts[counts > 0].double()
+    effective = float((-shares * shares.log()).sum().exp())
+    assert fig.texts[0].get_text() == f"Codes: 5 of 6 in use, perplexity {effective:.1f}"
+    FigureCanvasAgg(fig).draw()
+
+
+@pytest.mark.parametrize("width", [1, 2, 16])
+def test_code_maps_of_any_width_and_of_a_collapsed_codebook(width):
+    indices = torch.zeros(3, 2, 2, dtype=torch.int64)
+    fig = plots.code_maps(np.zeros((3, 3 * 16)), indices, torch.randn(4, width), (3, 4, 4))
+    assert fig.texts[0].get_text() == "Codes: 1 of 4 in use, perplexity 1.0"
+    FigureCanvasAgg(fig).draw()
+
+
+def test_code_maps_of_wrong_sizes_are_refused():
+    x, indices, vectors = DIGITS[:3], torch.zeros(3, 2, 2, dtype=torch.int64), torch.randn(4, 2)
+    for arguments, why in (
+        ((x, indices[:2], vectors, (8, 8)), r"indices: expected 3 grids \(N, h, w\)"),
+        ((x, indices[:, 0], vectors, (8, 8)), "indices: expected 3 grids"),
+        ((x, indices + 4, vectors, (8, 8)), r"indices must lie in 0 \.\. 3, got 4"),
+        ((x, indices, vectors, (8, 8), 0), "columns must be at least 1"),
+        ((x, indices, vectors, (8, 9)), "x must have shape"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            plots.code_maps(*arguments)

@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ppl_vae as pv
-from ppl_vae import runs
+from ppl_vae import figures, runs
 from ppl_vae.config import Config
-from ppl_vae.runs import draw_figures, load_run, train_run, write_json
+from ppl_vae.figures import draw_figures
+from ppl_vae.folders import write_json
+from ppl_vae.runs import load_run, train_run
 from ppl_vae.train import NonFiniteError
 
 SMALL = {"hidden": (8,), "epochs": 2, "limit": 40, "film": False}
@@ -374,7 +376,7 @@ def test_figures(tmp_path, monkeypatch, case):
 def test_the_plane_of_many_latents_names_its_axes(trained, tmp_path):
     _, many = go(tmp_path / "run", latent=3)
     for run, name in [(many, "principal component 1"), (trained[1], "$z_1$")]:
-        plane = runs._inferred(run, run.images())["plane.png"]
+        plane = figures._inferred(run, run.images())["plane.png"]
         assert plane.axes[0].get_xlabel() == name
 
 

@@ -12,8 +12,10 @@ from PIL import Image
 import ppl_vae as pv
 from ppl_vae.cli import main
 from ppl_vae.estimates import Estimate, whole
-from ppl_vae.runs import JUDGED
-from ppl_vae.verdicts import Row, Verdict, _ladder, _row, _timed
+from ppl_vae.folders import JUDGED
+from ppl_vae.verdicts import Row, Verdict
+from ppl_vae.verdicts.methods import _ladder, _timed
+from ppl_vae.verdicts.table import as_row
 
 FEW = "--chains 3 --distributions 12 --leapfrog 2 --subset 5 --compile off"
 
@@ -131,7 +133,7 @@ def test_data_that_fail_are_told_and_the_rest_is_shown():
     verdict = Verdict()
     found, seconds = _timed(verdict, judge([1.0, math.nan, 3.0]))
     assert seconds >= 0
-    assert _row(found, "some").mean == 2.0
+    assert as_row(found, "some").mean == 2.0
     (line,) = verdict.lines
     assert line.startswith("warning: data: L_9 of row 1 is nan")
     _timed(verdict, judge([1.0, math.nan, 3.0]))

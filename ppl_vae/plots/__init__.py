@@ -7,6 +7,7 @@ make the film of a training run.
 
 from __future__ import annotations
 
+from ppl_vae.plots.codes import code_maps
 from ppl_vae.plots.common import Array, save
 from ppl_vae.plots.film import film_frame, write_gif
 from ppl_vae.plots.images import image_grid, label_rows, reconstructions, samples
@@ -25,6 +26,7 @@ __all__ = [
     "Array",
     "bounds",
     "calibration",
+    "code_maps",
     "curves",
     "film_frame",
     "gap_bars",

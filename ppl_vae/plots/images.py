@@ -121,10 +121,10 @@ def page(
     return fig, axes
 
 
-def labelled_page(mosaic: Mosaic, title: str, labels: Sequence[str], width: int = 0) -> Figure:
+def labelled_page(mosaic: Mosaic, title: str, labels: Sequence[str], width: int = 0, bottom: int = _PAD) -> Figure:
     """`page` with a label left of each row, in a margin as wide as the longest one."""
     margin = max((text_width(label, _LABEL_SIZE) for label in labels), default=0)
-    fig, axes = page(mosaic, title, left=_PAD + margin + (14 if margin else 0), width=width)
+    fig, axes = page(mosaic, title, left=_PAD + margin + (14 if margin else 0), bottom=bottom, width=width)
     if margin:
         axes.set_yticks(mosaic.rows, labels, fontsize=_LABEL_SIZE)
         axes.tick_params(length=0, pad=14 / DPI * 72 / 2)

@@ -1,18 +1,13 @@
-"""What there is to say of a trained run: bounds by several methods, in one table, with figures and files."""
+"""Methods that judge a run."""
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
-from torch import Tensor
 
 from ppl_vae import plots
 from ppl_vae.amortisation import gaps
@@ -21,21 +16,21 @@ from ppl_vae.axes import AXES
 from ppl_vae.batches import Data
 from ppl_vae.calibration import sbc
 from ppl_vae.capture import Compile
-from ppl_vae.estimates import Average, Estimate, IncompleteError, average
+from ppl_vae.coding import code_length
+from ppl_vae.estimates import Estimate, IncompleteError, average
 from ppl_vae.evaluate import elbo, log_likelihood
-from ppl_vae.files import write_whole
+from ppl_vae.folders import RunFolder
 from ppl_vae.pairs import Batch
 from ppl_vae.pixels import bits_per_dimension
 from ppl_vae.rng import seeded
-from ppl_vae.runs import EACH, FIGURES, JUDGED, TABLE, RunFolder
 from ppl_vae.schedules import Annealing
 from ppl_vae.tails import FEWEST, khat_threshold
+from ppl_vae.verdicts.table import BITS, Verdict, as_row, difference
 from ppl_vae.weighing import importance
 
-__all__ = ["METHODS", "Asked", "Row", "Verdict", "judge"]
+__all__ = ["METHODS", "Asked", "judge"]
 
 CALIBRATED = 500  # data simulated to see whether the guide is calibrated
-BITS = "bits/dim"
 
 
 @dataclass(frozen=True)
@@ -68,147 +63,6 @@ class Asked:
         return {"seed": self.seed, "compile": self.compile}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        name: what was estimated.
-        mean: over data, in nats per datum.
-        stderr: its standard error over data; NaN where it is not known, as of one datum.
-        monte_carlo_stderr: its standard error from the draws alone; NaN where it is not known.
-        direction: on which side of the truth it lies on average.
-        about: what it is, in a few words.
-        seconds: what it took; NaN where it came with another.
-        warnings: why not to believe it.
-    """
-
-    name: str
-    mean: float
-    stderr: float
-    monte_carlo_stderr: float
-    direction: str
-    about: str
-    seconds: float = math.nan
-    warnings: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        draws = "" if math.isnan(self.monte_carlo_stderr) else f"(draws ± {self.monte_carlo_stderr:.3f})"
-        took = "" if math.isnan(self.seconds) else f"{self.seconds:.1f} s"
-        return (
-            f"  {self.name:<32}{self.mean:>10.3f} ± {self.stderr:<8.3f}{draws:<18}{self.direction:<10}{took:>9}"
-            f"  {self.about}"
-        )
-
-
-def _row(estimate: Estimate, about: str, seconds: float = math.nan, name: str = "", sign: int = 1) -> Row:
-    """The line of an estimate, or of its negative."""
-    estimate = estimate.rest
-    turned = {"lower": "upper", "upper": "lower"}.get(estimate.direction, estimate.direction)
-    return Row(
-        name or f"{'-' * (sign < 0)}{estimate.name}",
-        sign * estimate.mean,
-        estimate.mean_stderr,
-        estimate.monte_carlo_stderr,
-        estimate.direction if sign > 0 else turned,
-        about,
-        seconds,
-        estimate.warnings if sign > 0 else (),
-    )
-
-
-def _difference(
-    name: str, value: Average, about: str, direction: str, seconds: float = math.nan, doubts: tuple[str, ...] = ()
-) -> Row:
-    """The line of a mean difference."""
-    return Row(name, value.mean, value.stderr, math.nan, direction, about, seconds, doubts)
-
-
-@dataclass
-class Verdict:
-    """What was found.
-
-    Attributes:
-        rows: the table.
-        lines: what else is to be printed.
-        details: what else goes to the results, by name.
-        figures: file name -> picture.
-        each: numbers of single data, name -> (N,); those of later rows of the data are NaN where not computed.
-        tight: L_K, where there is one.
-        annealed: the annealed bound, where there is one.
-        engine: how it was computed.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
-    figures: dict[str, Figure] = field(default_factory=dict)
-    each: dict[str, Tensor] = field(default_factory=dict)
-    tight: Estimate | None = None
-    annealed: Estimate | None = None
-    engine: str = "eager"
-
-    def __str__(self) -> str:
-        warnings = [f"  warning: {row.name}: {text}" for row in self.rows for text in row.warnings]
-        return "\n".join([*map(str, self.rows), *warnings, *(f"  {line}" for line in self.lines)])
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """The table as plain values."""
-        rows = {
-            row.name: {k: v for k, v in asdict(row).items() if k not in ("name", "about")} for row in self.rows
-        }
-        bits = rows.pop(BITS, None)
-        return {"nats_per_datum": rows, "bits_per_dimension": bits} | self.details if rows else self.details
-
-    def add(self, name: str, estimate: Estimate) -> None:
-        """Keep an estimate's numbers of single data, under a name."""
-        self.each[name] = estimate.value
-        self.each[f"{name} stderr"] = estimate.stderr
-        self.each |= {f"{name} {key}": value for key, value in estimate.diagnostics.items() if value.dim() == 1}
-
-    def write(self, folder: Path) -> list[Path]:
-        """Write the table and the data's numbers as CSV, and the figures.
-
-        Returns:
-            The files written.
-
-        Raises:
-            ValueError: one of them cannot be.
-        """
-        for name in (TABLE, EACH, *(f"{FIGURES}/{name}" for name in JUDGED)):  # of another verdict
-            (folder / name).unlink(missing_ok=True)
-        written = []
-        if self.rows:
-            written.append(_write_csv(folder / TABLE, [_plain(row) for row in self.rows]))
-        if self.each:
-            length = max(map(len, self.each.values()))
-            columns = {
-                name: [*column.tolist(), *[math.nan] * (length - len(column))]
-                for name, column in self.each.items()
-            }
-            rows = [{"datum": i} | {n: c[i] for n, c in columns.items()} for i in range(length)]
-            written.append(_write_csv(folder / EACH, rows))
-        (folder / FIGURES).mkdir(exist_ok=True)
-        return written + [plots.save(figure, folder / FIGURES / name) for name, figure in self.figures.items()]
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return asdict(row) | {"warnings": "; ".join(row.warnings)}
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows of one kind as CSV, whole or not at all; NaN is left empty."""
-
-    def write(file: Path) -> None:
-        with file.open("w", newline="", encoding="utf-8") as stream:
-            table = csv.DictWriter(stream, list(rows[0]))
-            table.writeheader()
-            table.writerows({n: "" if v != v else v for n, v in row.items()} for row in rows)
-
-    return write_whole(path, write)
-
-
 Method = Callable[[Verdict, RunFolder, Data, Asked], None]
 
 
@@ -225,10 +79,11 @@ def judge(run: RunFolder, data: Data, method: str, asked: Asked) -> Verdict:
         ValueError: the program cannot be judged so, or data do not suit it.
     """
     found = Verdict()
+    methods = CODED if AXES["model"][run.config.model].codes else ALL
     if method != "all":
-        METHODS[method](found, run, data, asked)
+        methods[method](found, run, data, asked)
         return found
-    for name, one in ALL.items():
+    for name, one in methods.items():
         try:
             one(found, run, data, asked)
         except ValueError as error:  # told, and the others are worth having
@@ -262,14 +117,12 @@ def _by_importance(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> 
         return
     options = asked.shared | {"chunk": asked.chunk}
     lower, seconds = _timed(found, partial(elbo, run.program, data, min(asked.particles, asked.chunk), **options))
-    parts = {n: replace(lower, value=lower.diagnostics[n], stderr=lower.stderr * math.nan) for n in RATES}
-    found.rows.append(_row(lower, "-(rate + distortion)", seconds))
-    found.rows += [_row(replace(p, direction="unbiased"), RATES[n], name=n) for n, p in parts.items()]
+    _add_elbo(found, lower, "-(rate + distortion)", seconds, RATES)
     enough = asked.particles >= FEWEST
     how = partial(importance, defensive=asked.defensive) if enough else log_likelihood
     tight, seconds = _timed(found, partial(how, run.program, data, asked.particles, **options))
-    found.rows.append(_row(tight, "tighter", seconds))
-    found.rows.append(_row(tight, "negative log-likelihood, at most", sign=-1))
+    found.rows.append(as_row(tight, "tighter", seconds))
+    found.rows.append(as_row(tight, "negative log-likelihood, at most", sign=-1))
     _add_bits(found, run, tight)
     known = tight.rest
     ess = known.diagnostics["ess"]
@@ -294,6 +147,14 @@ def _by_importance(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> 
 RATES = {"rate": "KL(q || p)", "distortion": "-E_q log p(x | z)"}
 
 
+def _add_elbo(found: Verdict, lower: Estimate, about: str, seconds: float, rates: Mapping[str, str]) -> None:
+    """The ELBO, and the two parts of it."""
+    found.rows.append(as_row(lower, about, seconds))
+    for name, text in rates.items():
+        part = replace(lower, value=lower.diagnostics[name], stderr=lower.stderr * math.nan, direction="unbiased")
+        found.rows.append(as_row(part, text, name=name))
+
+
 def _add_bits(found: Verdict, run: RunFolder, tight: Estimate) -> None:
     """Bits per dimension, for 8-bit data."""
     eight_bit, noisy = run.config.bits
@@ -303,7 +164,7 @@ def _add_bits(found: Verdict, run: RunFolder, tight: Estimate) -> None:
     value = -bits_per_dimension(tight.value, dims, dequantised=noisy)
     bits = replace(tight, value=value, stderr=tight.stderr / (dims * math.log(2)), warnings=())
     found.rows = [row for row in found.rows if row.name != BITS]
-    found.rows.append(_row(bits, f"of 8-bit data, at most, by {tight.name}", name=BITS, sign=-1))
+    found.rows.append(as_row(bits, f"of 8-bit data, at most, by {tight.name}", name=BITS, sign=-1))
 
 
 def _by_annealing(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> None:
@@ -314,13 +175,13 @@ def _by_annealing(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> N
         settings = replace(asked.annealing, distributions=count)
         value, seconds = _timed(found, partial(annealed, run.program, some, settings, **asked.shared))
         curve.append((count, value.rest))
-    found.rows.append(_row(value, f"of the first {len(some)}", seconds))
+    found.rows.append(as_row(value, f"of the first {len(some)}", seconds))
     _add_bits(found, run, value)
     found.add("AIS", value)
     if found.tight is not None:
         gain = (value.value - found.tight.value[: len(some)])[~(value.failed | found.tight.failed[: len(some)])]
         name = f"AIS - {found.tight.name}"
-        found.rows.append(_difference(name, average(gain), "what importance sampling misses", "lower"))
+        found.rows.append(difference(name, average(gain), "what importance sampling misses", "lower"))
     found.annealed, found.engine = value, value.engine
     found.details["annealing"] = asdict(asked.annealing) | {"size": len(some)}
     found.figures["annealing.png"] = plots.bounds({"AIS": curve}, "distributions")
@@ -336,10 +197,10 @@ def _by_sandwich(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> No
         value, seconds = _timed(found, partial(sandwich, run.program, len(some[0]), *some[1:], **options))
         curve.append((value.settings.distributions, value))
     about = f"of {len(some[0])} data drawn from the model"
-    found.rows.append(_row(value.lower, about, seconds, name=f"simulated: {value.lower.name}"))
-    found.rows.append(_row(value.upper, about, name=f"simulated: {value.upper.name}"))
+    found.rows.append(as_row(value.lower, about, seconds, name=f"simulated: {value.lower.name}"))
+    found.rows.append(as_row(value.upper, about, name=f"simulated: {value.upper.name}"))
     about = "between both; log p(x) lies in it"
-    found.rows.append(_difference("simulated: gap", value.gap, about, "upper", doubts=value.warnings))
+    found.rows.append(difference("simulated: gap", value.gap, about, "upper", doubts=value.warnings))
     found.engine = value.lower.engine
     found.details["sandwich"] = asdict(value.settings) | {"size": len(some[0])}
     found.figures["sandwich.png"] = plots.bounds(
@@ -365,10 +226,10 @@ def _by_gaps(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> None:
     split, seconds = _timed(found, partial(gaps, run.program, some, **options))
     about = "log p - best ELBO"
     found.rows.append(
-        _difference("approximation gap", split.approximation, about, "lower", seconds, split.warnings)
+        difference("approximation gap", split.approximation, about, "lower", seconds, split.warnings)
     )
-    found.rows.append(_difference("amortisation gap", split.amortisation, "best ELBO - ELBO", "lower"))
-    found.rows.append(_row(split.refined.bound, f"posteriors refined for each of the first {len(some)}"))
+    found.rows.append(difference("amortisation gap", split.amortisation, "best ELBO - ELBO", "lower"))
+    found.rows.append(as_row(split.refined.bound, f"posteriors refined for each of the first {len(some)}"))
     found.add("refined", split.refined.bound)
     parts = {"approximation": split.approximation, "amortisation": split.amortisation}
     found.figures["gaps.png"] = plots.gap_bars({run.config.posterior: parts})
@@ -398,3 +259,46 @@ METHODS: Mapping[str, Method] = {
     "sandwich": _by_sandwich,
 }
 ALL: Mapping[str, Method] = {**METHODS, "gaps": _by_gaps, "calibration": _by_calibration}
+
+
+def _by_code_length(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> None:
+    """The ELBO of a program of codes, exact since these are certain, and the bits that it makes."""
+    start = time.perf_counter()
+    length = code_length(run.program, data, **asked.shared)
+    _add_elbo(found, length.bound, "log p(x | z) + log p(z), exact", time.perf_counter() - start, CODE_RATES)
+    _add_bits(found, run, length.bound)
+    density = AXES["likelihood"][run.config.likelihood].data in ("real", "unit")
+    relative = "; pixels have a density, so theirs are relative" if density else ""
+    found.lines.append(
+        f"bits per datum: {length.codes:.1f} for codes, {length.pixels:.1f} for pixels given these{relative}"
+    )
+    (use,) = length.use.values()
+    found.lines.append(
+        f"bits per code: {length.per_code:.3f}, of {math.log2(use.codes):.3f} for any of {use.codes}"
+    )
+    found.lines.append(str(use))
+    averages = {"codes": length.codes, "pixels": length.pixels, "per_code": length.per_code}
+    found.details["bits"] = {name: asdict(value) for name, value in averages.items()}
+    found.details["codes"] = asdict(use)
+    found.details["particles"] = 1
+    found.engine, found.tight = length.bound.engine, length.bound
+    found.add(length.bound.name, length.bound)
+
+
+CODE_RATES = {"rate": "-log p(z)", "distortion": "-log p(x | z)"}
+
+
+def _not_of_codes(why: str) -> Method:
+    def refuse(found: Verdict, run: RunFolder, data: Data, asked: Asked) -> None:
+        raise ValueError(f"method: {why}; importance is exact for them")
+
+    return refuse
+
+
+CODED: Mapping[str, Method] = {
+    "importance": _by_code_length,
+    "annealed": _not_of_codes("annealing moves latents along slopes, and codes have none"),
+    "sandwich": _not_of_codes("annealing moves latents along slopes, and codes have none"),
+    "gaps": _not_of_codes("codes are certain, so there is no posterior to refine"),
+    "calibration": _not_of_codes("codes are certain, so they have no ranks among draws"),
+}

@@ -1,0 +1,202 @@
+"""Run folders: settings, weights, metrics and figures; made by training, read by everything after it.
+
+```
+RUN/run.json              settings, shape of a picture, names of the labels, versions
+RUN/weights.safetensors   the weights kept: best by the validation bound, or the last good ones
+RUN/metrics.csv           one row per epoch
+RUN/results.json          what `ppl-vae evaluate` found
+RUN/figures/              pictures, and the film of the training
+RUN/tensorboard/          event files, where TensorBoard is installed
+```
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ppl_vae.checkpoint import load_weights
+from ppl_vae.config import Config, build, images_of, presented
+from ppl_vae.data import Images, Split
+from ppl_vae.files import PathLike, write_whole
+from ppl_vae.rng import seeded
+
+__all__ = ["EACH", "EVENTS", "FIGURES", "FILM", "JUDGED", "METRICS", "RECORD", "RESULTS", "TABLE", "WEIGHTS"]
+__all__ += ["RunFolder", "clear", "installed", "load_run", "open_folder", "record_of", "refuse_if_in_use", "shown"]
+__all__ += ["write_json"]
+
+FORMAT = 1
+RECORD, WEIGHTS, METRICS, RESULTS = "run.json", "weights.safetensors", "metrics.csv", "results.json"
+TABLE, EACH = "results.csv", "per_datum.csv"
+FIGURES, EVENTS, FILM = "figures", "tensorboard", "film.gif"
+DRAWN = ("curves.png", "reconstructions.png", "latent.png", "labels.png", "samples.png", "plane.png", "codes.png")
+JUDGED = ("bounds.png", "khat.png", "annealing.png", "sandwich.png", "gaps.png", "calibration.png")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk: its settings, and its program with the weights that training kept."""
+
+    path: Path
+    config: Config
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    program: Any
+    engine: str = ""  # how its steps were run
+
+    def images(self, data: PathLike | None = None, data_dir: PathLike | None = None) -> Images:
+        """The data the run was trained on, loaded again, or others in their place.
+
+        Args:
+            data: other data, or where the same ones are now.
+            data_dir: where the files of mnist, fashion-mnist or cifar10 are now.
+
+        Raises:
+            ValueError: they are not there, of another shape, or for a conditional model of other labels.
+        """
+        config = self.config
+        config = config if data is None else replace(config, data=os.fspath(data))
+        config = config if data_dir is None else replace(config, data_dir=os.fspath(data_dir))
+        images = images_of(config)
+        if images.shape != self.shape:
+            raise ValueError(
+                f"data: pictures of {config.data} have shape {images.shape}, those of the run {self.shape}"
+            )
+        if "label" in config.given and images.classes != self.classes:
+            raise ValueError(f"data: {config.data} has labels {images.classes}, the run {self.classes}")
+        return images
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the data can be shown."""
+        return len(self.shape) > 1
+
+
+def shown(run: RunFolder, split: Split) -> tuple[Tensor, ...]:
+    """All rows of a split as the program takes them."""
+    with seeded(run.config.seed):
+        return presented(run.config, split, run.shape).present(slice(None))
+
+
+def load_run(folder: PathLike) -> RunFolder:
+    """Read a run folder, its program in evaluation mode; nothing in it is executed.
+
+    Raises:
+        ValueError: no run there, or one that is damaged or of a newer format; the message says which.
+    """
+    path = Path(folder)
+    held = _read_record(path)
+    try:
+        config = Config.from_mapping(held["config"], str(path / RECORD))
+        shape, classes = tuple(held["shape"]), tuple(held["classes"])
+        if len(shape) not in (1, 2, 3) or not all(type(side) is int and side > 0 for side in shape):
+            raise TypeError(f"shape {shape}")
+        if not all(isinstance(name, str) for name in classes):
+            raise TypeError(f"classes {classes}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"run: {path / RECORD} is damaged ({type(error).__name__}: {error})") from error
+    program = build(config, shape, len(classes)).eval()  # a codebook in training moves whenever it is run
+    try:
+        load_weights(program, path / WEIGHTS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"run: {str(error).removeprefix('path: ')}") from error
+    return RunFolder(path, config, shape, classes, program, str(held.get("engine", "")))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What run.json holds, if it is of this format."""
+    try:
+        held = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"run: no run folder at {path} ({error.strerror}: {RECORD})") from error
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"run: {path / RECORD} is damaged ({error})") from error
+    if not isinstance(held, dict) or "format" not in held:
+        raise ValueError(f"run: {path / RECORD} is damaged (it names no format)")
+    if held["format"] != FORMAT:
+        raise ValueError(
+            f"run: {path} has format {held['format']!r}, this version reads {FORMAT}; upgrade ppl-vae to read it"
+        )
+    return held
+
+
+def write_json(path: PathLike, values: Mapping[str, Any]) -> Path:
+    """Write plain values as JSON, whole or not at all; NaN and infinity, which JSON lacks, become null.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    text = json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
+    return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def installed(package: str) -> str:
+    """The version of an installed package, or that there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def record_of(run: RunFolder) -> dict[str, Any]:
+    """What run.json holds."""
+    packages = ("ppl-vae", "torch", "pyro-ppl", "arviz", "numpy")
+    return {
+        "format": FORMAT,
+        "config": run.config.to_dict(),
+        "shape": list(run.shape),
+        "classes": list(run.classes),
+        "engine": run.engine,
+        "versions": {"python": platform.python_version()} | {p: installed(p) for p in packages},
+    }
+
+
+def refuse_if_in_use(path: Path, force: bool) -> None:
+    """Raise ValueError for a folder with something else in it or, unless ``force``, with a run."""
+    try:
+        if not path.exists() or not any(path.iterdir()):
+            return
+    except OSError as error:
+        raise ValueError(f"out: cannot write to {path} ({error.strerror})") from error
+    if not (path / RECORD).exists():
+        raise ValueError(f"out: {path} is not empty and holds no run; choose another folder")
+    if not force:
+        raise ValueError(f"out: {path} holds a run already; choose another folder, or --force to replace it")
+
+
+def open_folder(path: Path) -> Path:
+    """Make the run folder; an earlier run in it is deleted."""
+    try:
+        clear(path)
+        (path / FIGURES).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: cannot write to {path} ({error.strerror})") from error
+    return path
+
+
+def clear(path: Path) -> None:
+    """Delete what a run writes, and nothing else."""
+    figures = (f"{FIGURES}/{name}" for name in (*DRAWN, *JUDGED, FILM))
+    for name in (RECORD, WEIGHTS, METRICS, RESULTS, TABLE, EACH, *figures):
+        (path / name).unlink(missing_ok=True)
+    if (path / EVENTS).is_dir():
+        shutil.rmtree(path / EVENTS)
+    for folder in (path / FIGURES, path):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

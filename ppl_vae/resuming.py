@@ -1,0 +1,214 @@
+"""Checkpoints: everything that decides how a training run goes on, so that one that was cut off ends as if not.
+
+What a run holds between two epochs is written after each: parameters, the best ones, optimizers, schedules, the
+objective's own numbers, the random streams, hooks, history. The order of the data follows from seed and epoch.
+So a run that was killed and resumed ends with the bits of one that never was, on the same machine, versions and
+number of threads.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ppl_vae.conditionals import at_least_one
+from ppl_vae.files import PathLike
+from ppl_vae.packing import DamagedError, pack, unpack
+
+if TYPE_CHECKING:
+    from ppl_vae.hooks import Hook
+    from ppl_vae.loop import Run
+
+__all__ = ["Checkpoints", "Resume", "RunState"]
+
+Resume = Literal["off", "last", "auto"]
+
+KIND = "checkpoint"
+KEPT = ("epoch", "step", "history", "best_epoch", "stopping", "reason")  # of a run
+NAME = re.compile(r"epoch-(\d+)\.safetensors")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder of their own.
+
+    Args:
+        folder: made where it is not there; its parent must be.
+        resume: "last" goes on from the newest; "auto" from an earlier one, with a warning that names both, where
+            that is damaged, and from the start where there is none; "off" starts, in a folder without checkpoints.
+        every: epochs from one to the next; the first is written before training, the last at its end.
+        keep: how many of the newest are kept.
+
+    Raises:
+        ValueError: numbers below one; an unknown ``resume``.
+    """
+
+    def __init__(self, folder: PathLike, resume: Resume = "off", *, every: int = 1, keep: int = 2) -> None:
+        at_least_one(every=every, keep=keep)
+        if resume not in ("off", "last", "auto"):
+            raise ValueError(f"resume must be 'off', 'last' or 'auto', got {resume!r}")
+        self.folder, self.resume, self.every, self.keep = Path(folder), resume, every, keep
+
+    def found(self) -> list[Path]:
+        """The files there are, the oldest first."""
+        if not self.folder.is_dir():
+            return []
+        numbered = [(NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
+        return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+
+    def write(self, epoch: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, then remove the oldest; whatever goes wrong, the one before stays.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"checkpoints: cannot make {self.folder} ({error.strerror})") from error
+        pack(self.folder / f"epoch-{epoch:06d}.safetensors", KIND, state)
+        cut_off = self.folder.glob(".epoch-*.part")  # by a kill
+        for path in (*self.found()[: -self.keep], *cut_off):
+            path.unlink(missing_ok=True)
+
+    def read(self) -> dict[str, Any] | None:
+        """The state to go on from, None to start.
+
+        Raises:
+            ValueError: there is none and "last" wants one, or there is one and "off" wants none; a file of a newer
+                version.
+            DamagedError: the newest is damaged, under "last"; all are, under "auto".
+        """
+        paths = self.found()[::-1]
+        if self.resume == "off" and paths:
+            raise ValueError(f"checkpoints: {self.folder} holds those of a run; resume it, or take another folder")
+        if self.resume == "last" and not paths:
+            raise ValueError(f"resume: there is no checkpoint in {self.folder}; start afresh, or resume 'auto'")
+        wrong: list[str] = []
+        for path in paths:
+            try:
+                state: dict[str, Any] = unpack(path, KIND)
+            except DamagedError as error:
+                if self.resume == "last":
+                    older = f"resume 'auto' goes back to {paths[1].name}" if paths[1:] else "there is no other"
+                    raise DamagedError(f"{error}; {older}") from error
+                wrong.append(str(error))
+                continue
+            if wrong:
+                warnings.warn(f"resume: going on from {path.name}: {'; '.join(wrong)}", UserWarning, stacklevel=2)
+            return state
+        if wrong:
+            raise DamagedError(f"resume: no checkpoint is whole: {'; '.join(wrong)}")
+        return None
+
+
+class RunState:
+    """The state of a run, between two epochs, as plain values and tensors.
+
+    Args:
+        run: the run.
+        hooks: its hooks.
+        settings: what decides its numbers besides.
+    """
+
+    def __init__(self, run: Run, hooks: Sequence[Hook], settings: dict[str, Any]) -> None:
+        self.run, self.hooks, self.settings = run, hooks, settings
+
+    def find(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
+        """The state to go on from, None to start; nothing is changed.
+
+        Raises:
+            ValueError: what `Checkpoints.read` refuses; a checkpoint of another run.
+        """
+        held, run = checkpoints.read(), self.run
+        if held is not None:
+            _check_same("settings", held["settings"], self.settings)
+            _check_same("parameters", _shapes(held["pair"]), _shapes(run.pair.state_dict()))
+            _check_same("objective", _shapes(held["objective"]), _shapes(run.objective.state_dict()))
+            _check_same("hooks", [*held["hooks"]], [*self._hooked()])
+        return held
+
+    def take(self, best: dict[str, Tensor] | None) -> dict[str, Any]:
+        """The state, with the best parameters so far."""
+        run = self.run
+        return {
+            "settings": self.settings,
+            "pair": dict(run.pair.state_dict()),
+            "best": best,
+            "objective": dict(run.objective.state_dict()),
+            "optimizers": [update.optimizer.state_dict() for update in run.updates],
+            "schedules": [schedule.state_dict() for schedule in run.schedules],
+            "random": _random_streams(run.pair.device),
+            "run": {name: getattr(run, name) for name in KEPT},
+            "hooks": {name: hook.state() for name, hook in self._hooked().items()},
+        }
+
+    def put(self, held: dict[str, Any]) -> dict[str, Tensor] | None:
+        """Put the run into a state; return the best parameters."""
+        run, device = self.run, self.run.pair.device
+        run.pair.load_state_dict(held["pair"])
+        run.objective.load_state_dict(held["objective"])
+        for update, state in zip(run.updates, held["optimizers"], strict=True):
+            _load_optimizer(update.optimizer, state)
+        for schedule, state in zip(run.schedules, held["schedules"], strict=True):
+            schedule.load_state_dict(state)
+        for name in KEPT:
+            setattr(run, name, held["run"][name])
+        for name, hook in self._hooked().items():
+            hook.restore(run, held["hooks"][name])
+        _load_random(held["random"], device)  # last: hooks may have drawn
+        best: dict[str, Tensor] | None = held["best"]
+        return best and {name: value.to(device) for name, value in best.items()}
+
+    def _hooked(self) -> dict[str, Hook]:
+        """The hooks that have a state, by kind and place."""
+        named = {f"{i} {type(hook).__name__}": hook for i, hook in enumerate(self.hooks)}
+        return {name: hook for name, hook in named.items() if hook.state() is not None}
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in state.items()}
+
+
+def _check_same(what: str, held: Any, own: Any) -> None:
+    """Raise ValueError, naming the first difference, unless a checkpoint is of the same run."""
+    if held == own:
+        return
+    if isinstance(held, dict) and isinstance(own, dict):
+        name = next(n for n in [*own, *held] if held.get(n) != own.get(n))
+        held, own, what = held.get(name), own.get(name), f"{what}: {name}"
+    raise ValueError(f"resume: the checkpoint is of another run, by its {what}: {held} there, {own} here")
+
+
+def _random_streams(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's default generators, of the CPU and of the GPU in use."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def _load_random(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put generators where `_random_streams` found them."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load a state into the groups that there are: those who hold them, schedulers and recorded steps, keep them.
+
+    Raises:
+        ValueError: it is of other groups or parameters.
+    """
+    groups = optimizer.param_groups
+    optimizer.load_state_dict(state)
+    for group, loaded in zip(groups, optimizer.param_groups, strict=True):
+        group.update({name: value for name, value in loaded.items() if name != "params"})
+    optimizer.param_groups = groups
