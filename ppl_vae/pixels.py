@@ -297,20 +297,20 @@ class CoupledLogistics(TorchDistribution):  # type: ignore[misc]
         return CoupledLogistics(logits, locs, scales, slopes, self.event_dim, self._validate_args)
 
     def channel(self, number: int, before: Sequence[Tensor]) -> LevelLogistic:
-        """The components of a channel, (*batch, n, *rest, K), given the channels before it."""
+        """The components of a channel, (*batch, n, *rest, K), given those before it, of any size there for K."""
         loc, slopes = self.locs[number], (self.slopes[:0], self.slopes[:1], self.slopes[1:])[number]
         for slope, value in zip(slopes, before, strict=True):
-            loc = loc + slope * (value.unsqueeze(-1) - 0.5)
+            loc = loc + slope * (value - 0.5)
         return LevelLogistic(loc, self.scales[number], validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-probability of each event, in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        colours = value.chunk(3, -self.event_dim)
+        colours = [colour.unsqueeze(-1) for colour in value.chunk(3, -self.event_dim)]
         joint = self.logits.log_softmax(-1)
         for number, colour in enumerate(colours):
-            joint = joint + self.channel(number, colours[:number]).log_prob(colour.unsqueeze(-1))
+            joint = joint + self.channel(number, colours[:number]).log_prob(colour)
         return joint.logsumexp(-1).flatten(-self.event_dim).sum(-1)
 
     @torch.no_grad()
@@ -321,13 +321,20 @@ class CoupledLogistics(TorchDistribution):  # type: ignore[misc]
         for number in range(3):
             components = self.channel(number, colours)
             drawn = components.expand((*chosen.shape[:-1], self.logits.shape[-1])).sample()
-            colours.append(drawn.gather(-1, chosen).squeeze(-1))
-        return torch.cat(colours, -self.event_dim)
+            colours.append(drawn.gather(-1, chosen))
+        return torch.cat(colours, -1 - self.event_dim).squeeze(-1)
 
     @property
     def mean(self) -> Tensor:
-        """Not known in closed form, for locations depend on what rounding made of other channels."""
-        raise NotImplementedError("the mean of coupled channels has no closed form; average samples")
+        """The mean of each entry, each component's channels taken at the means of its channels before.
+
+        Locations are linear in these, so it is exact but for what is cut off at 0 and 1, and for rounding.
+        """
+        colours: list[Tensor] = []
+        for number in range(3):
+            colours.append(self.channel(number, colours).mean)
+        weights = self.logits.softmax(-1)
+        return torch.cat([(weights * colour).sum(-1) for colour in colours], -self.event_dim)
 
 
 def _last(raw: Tensor, size: int, dim: int) -> Tensor:

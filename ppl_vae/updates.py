@@ -67,6 +67,8 @@ class Update:
 
     def apply(self, found: Sequence[Tensor | None]) -> None:
         """Take the optimizer's step along given gradients, one for each of ``parameters``."""
+        # Only here is their memory order known: a compiled graph may have it otherwise than what it was traced from.
+        found = [g if g is None else _laid_out(g, p) for g, p in zip(found, self.parameters, strict=True)]
         if self._adam.ready(found):
             self._adam.step(found)
             return
@@ -102,7 +104,7 @@ def gradients(
         norm = nn.utils.get_total_norm([g for g in found if g is not None], foreach=True)
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         found = [None if g is None else g * factor for g in found]
-    return value.detach(), [None if g is None else _laid_out(g, p) for g, p in zip(found, places[0], strict=True)]
+    return value.detach(), found
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:

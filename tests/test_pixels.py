@@ -193,8 +193,16 @@ def test_coupled_channels_sum_to_one_and_agree_with_samples():
     expanded = law.expand((5, 4))
     assert expanded.sample().shape == (5, 4, 3)
     torch.testing.assert_close(expanded.log_prob(drawn[:4]), law.log_prob(drawn[:4]).expand(5, 4))
-    with pytest.raises(NotImplementedError, match="no closed form; average samples"):
-        _ = law.mean
+
+
+def test_the_mean_of_coupled_channels_is_that_of_their_draws():
+    raw = torch.randn(10, K)
+    raw[1:4] = 0.5 + 0.1 * raw[1:4].tanh()
+    raw[4:7] = unbounded(torch.tensor(0.02).log())
+    law, n = coupled(raw), 40_000
+    drawn = law.sample((n,))
+    assert ((drawn.mean(0) - law.mean).abs() < 5 * drawn.std(0) / n**0.5 + 1e-5).all()
+    assert law.expand((2,)).mean.shape == (2, 3)
 
 
 @kinds

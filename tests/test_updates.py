@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from small import WIDTH, pixels, vae, weights
+from small import WIDTH, fit, pixels, vae, weights
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -15,6 +15,7 @@ from ppl_vae.rng import seeded
 from ppl_vae.updates import Update, gradients
 
 X = pixels(16)
+FUSED = partial(torch.optim.Adam, lr=1e-2, fused=True)
 
 
 def some(seed=0):
@@ -250,3 +251,21 @@ def test_parameters_whose_data_were_put_elsewhere_go_on_training():
         if step == 2:
             weights[0].data = weights[0].data.clone()
         assert torch.equal(*weights)
+
+
+def test_captured_convolutions_learn_as_written():
+    """What a compiled graph gives may have another memory order than what it was traced from."""
+    x = (pv.digits().train.x[:128].unflatten(1, (1, 8, 8)) > 0.5).float()
+    ended = []
+    for compile in ("off", "require"):
+        with seeded(0):
+            book = pv.Codebook(8, 4)
+            program = pv.VAE(
+                pv.CodePrior(pv.UniformCodes(8, (4, 4)), book),
+                pv.Bernoulli(pv.ConvDecoder(4, (16,), (1, 8, 8), spatial=True), event_dim=3),
+                pv.Quantised(pv.ConvEncoder((1, 8, 8), (16,), 4, spatial=True), book, event_dim=3),
+            )
+        goal = pv.ELBO(penalties=[pv.Commitment()])
+        fit(program, x, objective=goal, epochs=2, batch_size=64, optimizer=FUSED, compile=compile)
+        ended.append(program.state_dict())
+    torch.testing.assert_close(*ended, rtol=1e-4, atol=1e-4)
