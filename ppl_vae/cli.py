@@ -1,16 +1,19 @@
 """The command line: ``ppl-vae train | evaluate | sample | plot | info``.
 
-Mistakes of the user end in one line on stderr and exit code 2, an interrupted run in 130, numbers gone wrong
-or too little memory in 1.
+Mistakes of the user end in one line on stderr and exit code 2, an interrupted run in 130, one that was asked to
+terminate in 143, numbers gone wrong or too little memory in 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from ppl_vae.evaluate import ActiveUnits, active_units, reconstruct, sample
 from ppl_vae.figures import draw_figures
 from ppl_vae.files import write_whole
 from ppl_vae.flags import parser
-from ppl_vae.folders import METRICS, RESULTS, RunFolder, installed, load_run, write_json
+from ppl_vae.folders import METRICS, RECORD, RESULTS, RunFolder, installed, load_run, settings_of, write_json
 from ppl_vae.plots import label_rows, samples, save
 from ppl_vae.runs import second_stage, train_run
 from ppl_vae.schedules import Annealing
@@ -65,11 +68,16 @@ def train(args: argparse.Namespace) -> int:
     """Train a model and write a run folder: settings, weights, metrics, figures."""
     flags = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
     values = (settings_in(args.config) if args.config else {}) | flags
+    if args.resume != "off" and args.out is None:
+        raise ValueError("resume: say which run to go on with, --out RUN")
+    if args.resume == "last" or (args.resume == "auto" and (args.out / RECORD).exists()):
+        values = settings_of(args.out).to_dict() | values
     config = Config(**(values if values.get("codes") is None else second_stage(values)))
     name = f"{Path(config.data).stem}-{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = args.out or Path("runs", name)
     try:
-        run, folder = train_run(config, out, force=args.force, progress=not args.quiet)
+        with _terminated() as signals:
+            run, folder = train_run(config, out, force=args.force, progress=not args.quiet, resume=args.resume)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error} They are saved in {out}.", error.run) from error
     print(f"{run.reason}: {run.epoch} epochs, {run.step} steps, {sum(r['seconds'] for r in run.history):.1f} s")
@@ -81,7 +89,28 @@ def train(args: argparse.Namespace) -> int:
             f"valid {kept['valid']:.3f} ± {kept['valid_stderr']:.3f} nats per datum{of}"
         )
     print(f"run folder {folder.path}: weights, {METRICS}, figures; judge it with: ppl-vae evaluate {folder.path}")
-    return 130 if run.interrupted else 0
+    if run.interrupted:
+        print(f"go on with: ppl-vae train --out {folder.path} --resume last", file=sys.stderr)
+    return (143 if signals else 130) if run.interrupted else 0
+
+
+@contextmanager
+def _terminated() -> Iterator[list[int]]:
+    """Let SIGTERM end a run as Ctrl-C does, so that it saves; what came is listed."""
+    came: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where none can be caught
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -123,6 +123,13 @@ def _train_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config", type=Path, metavar="FILE", help="TOML or JSON file of settings; flags override it")
     p.add_argument("--out", type=Path, metavar="RUN", help="run folder; by default a new one in runs/")
     p.add_argument("--force", action="store_true", help="replace the run that the folder holds")
+    p.add_argument(
+        "--resume",
+        choices=("last", "auto"),
+        default="off",
+        help="go on with the run in --out, from its last checkpoint; auto: from an earlier one where that is "
+        "damaged, and from the start where there is no run",
+    )
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     groups: dict[str, Any] = {}
     for f in fields(Config):

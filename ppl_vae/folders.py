@@ -6,6 +6,7 @@ RUN/weights.safetensors   the weights kept: best by the validation bound, or the
 RUN/metrics.csv           one row per epoch
 RUN/results.json          what `ppl-vae evaluate` found
 RUN/figures/              pictures, and the film of the training
+RUN/checkpoints/          what training needs to go on, of the last epochs
 RUN/tensorboard/          event files, where TensorBoard is installed
 ```
 """
@@ -29,16 +30,29 @@ from ppl_vae.checkpoint import load_weights
 from ppl_vae.config import Config, build, images_of, presented
 from ppl_vae.data import Images, Split
 from ppl_vae.files import PathLike, write_whole
+from ppl_vae.resuming import Checkpoints
 from ppl_vae.rng import seeded
 
-__all__ = ["EACH", "EVENTS", "FIGURES", "FILM", "JUDGED", "METRICS", "RECORD", "RESULTS", "TABLE", "WEIGHTS"]
-__all__ += ["RunFolder", "clear", "installed", "load_run", "open_folder", "record_of", "refuse_if_in_use", "shown"]
-__all__ += ["write_json"]
+__all__ = [
+    "CHECKPOINTS",
+    "EACH",
+    "EVENTS",
+    "FIGURES",
+    "FILM",
+    "JUDGED",
+    "METRICS",
+    "RECORD",
+    "RESULTS",
+    "TABLE",
+    "WEIGHTS",
+]
+__all__ += ["RunFolder", "clear", "installed", "load_run", "open_folder", "record_of", "refuse_if_in_use"]
+__all__ += ["settings_of", "shown", "write_json"]
 
 FORMAT = 1
 RECORD, WEIGHTS, METRICS, RESULTS = "run.json", "weights.safetensors", "metrics.csv", "results.json"
 TABLE, EACH = "results.csv", "per_datum.csv"
-FIGURES, EVENTS, FILM = "figures", "tensorboard", "film.gif"
+FIGURES, EVENTS, FILM, CHECKPOINTS = "figures", "tensorboard", "film.gif", "checkpoints"
 DRAWN = ("curves.png", "reconstructions.png", "latent.png", "labels.png", "samples.png", "plane.png", "codes.png")
 JUDGED = ("bounds.png", "khat.png", "annealing.png", "sandwich.png", "gaps.png", "calibration.png")
 
@@ -96,6 +110,27 @@ def load_run(folder: PathLike) -> RunFolder:
     """
     path = Path(folder)
     held = _read_record(path)
+    config, shape, classes = _known(path, held)
+    program = build(config, shape, len(classes)).eval()  # a codebook in training moves whenever it is run
+    try:
+        load_weights(program, path / WEIGHTS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"run: {str(error).removeprefix('path: ')}") from error
+    return RunFolder(path, config, shape, classes, program, str(held.get("engine", "")))
+
+
+def settings_of(folder: PathLike) -> Config:
+    """The settings of a run, whether or not it has weights yet.
+
+    Raises:
+        ValueError: no run there, or one that is damaged or of a newer format.
+    """
+    path = Path(folder)
+    return _known(path, _read_record(path))[0]
+
+
+def _known(path: Path, held: Mapping[str, Any]) -> tuple[Config, tuple[int, ...], tuple[str, ...]]:
+    """Settings, shape and labels, as run.json holds them."""
     try:
         config = Config.from_mapping(held["config"], str(path / RECORD))
         shape, classes = tuple(held["shape"]), tuple(held["classes"])
@@ -105,12 +140,7 @@ def load_run(folder: PathLike) -> RunFolder:
             raise TypeError(f"classes {classes}")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"run: {path / RECORD} is damaged ({type(error).__name__}: {error})") from error
-    program = build(config, shape, len(classes)).eval()  # a codebook in training moves whenever it is run
-    try:
-        load_weights(program, path / WEIGHTS)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"run: {str(error).removeprefix('path: ')}") from error
-    return RunFolder(path, config, shape, classes, program, str(held.get("engine", "")))
+    return config, shape, classes
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -197,6 +227,7 @@ def clear(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
     if (path / EVENTS).is_dir():
         shutil.rmtree(path / EVENTS)
-    for folder in (path / FIGURES, path):
+    Checkpoints(path / CHECKPOINTS).clear()
+    for folder in (path / FIGURES, path / CHECKPOINTS, path):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -33,6 +33,7 @@ Resume = Literal["off", "last", "auto"]
 KIND = "checkpoint"
 KEPT = ("epoch", "step", "history", "best_epoch", "stopping", "reason")  # of a run
 NAME = re.compile(r"epoch-(\d+)\.safetensors")
+CUT_OFF = ".epoch-*.part"  # what a kill leaves of a file
 
 
 class Checkpoints:
@@ -73,8 +74,12 @@ class Checkpoints:
         except OSError as error:
             raise ValueError(f"checkpoints: cannot make {self.folder} ({error.strerror})") from error
         pack(self.folder / f"epoch-{epoch:06d}.safetensors", KIND, state)
-        cut_off = self.folder.glob(".epoch-*.part")  # by a kill
-        for path in (*self.found()[: -self.keep], *cut_off):
+        for path in (*self.found()[: -self.keep], *self.folder.glob(CUT_OFF)):
+            path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        for path in (*self.found(), *self.folder.glob(CUT_OFF)):
             path.unlink(missing_ok=True)
 
     def read(self) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ from ppl_vae.figures import draw_figures
 from ppl_vae.files import PathLike
 from ppl_vae.film import Film
 from ppl_vae.folders import (
+    CHECKPOINTS,
     EVENTS,
     FIGURES,
     FILM,
@@ -43,6 +44,7 @@ from ppl_vae.folders import (
     open_folder,
     record_of,
     refuse_if_in_use,
+    settings_of,
     shown,
     write_json,
 )
@@ -50,6 +52,7 @@ from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, Whole
 from ppl_vae.models import Density
 from ppl_vae.objectives import ELBO, Objective
 from ppl_vae.pairs import as_pair
+from ppl_vae.resuming import Checkpoints, Resume
 from ppl_vae.rng import seeded
 from ppl_vae.train import Run, as_device, fit
 
@@ -92,7 +95,7 @@ def _check_agrees(values: Mapping[str, Any], first: RunFolder) -> None:
 
 
 def train_run(
-    config: Config, folder: PathLike, *, force: bool = False, progress: bool = True
+    config: Config, folder: PathLike, *, force: bool = False, progress: bool = True, resume: Resume = "off"
 ) -> tuple[Run, RunFolder]:
     """Train what a config says, into a folder.
 
@@ -107,33 +110,49 @@ def train_run(
         folder: where to write; must be new or empty unless ``force``.
         force: replace an earlier run in the folder.
         progress: show a bar on a terminal.
+        resume: go on with the run in the folder, of the same settings, as `ppl_vae.Checkpoints` has it; "auto"
+            starts one where there is none.
 
     Returns:
         The training run, and the folder with the trained program.
 
     Raises:
         ValueError: bad data or settings, or at odds with those of the run that has the codes; no such device; a
-            folder that is in use or cannot be written.
+            folder that is in use or cannot be written; a run to go on with that is not there, has other settings,
+            or a damaged checkpoint.
         NonFiniteError: the objective became NaN or infinite; the folder holds the last good weights.
     """
     path = Path(folder)
-    refuse_if_in_use(path, force)
+    going_on = resume == "last" or (resume == "auto" and (path / RECORD).exists())
+    if going_on:
+        _check_same(config, path)
+    else:
+        refuse_if_in_use(path, force)
     device = as_device(config.device)
     record, images, task = _whole(config, path) if config.codes is None else _prior(config, path, device)
     for split in (images.train, images.valid, images.test):
         columns = presented(config, split, images.shape, training=split is images.train)
         prepare(as_pair(record.program), columns)
-    open_folder(path)
+    if not going_on:
+        open_folder(path)
     try:
         write_json(path / RECORD, record_of(record))
-        run = _fit(record, images, task, device, progress)
+        run = _fit(record, images, task, device, progress, resume if going_on else "off")
         record = replace(record, engine=run.engine.describe())
         write_json(path / RECORD, record_of(record))
     finally:
-        if not (path / WEIGHTS).exists():  # stopped before there was anything to keep
+        if not going_on and not (path / WEIGHTS).exists():  # stopped before there was anything to keep
             clear(path)
     draw_figures(record, images)
     return run, record
+
+
+def _check_same(config: Config, path: Path) -> None:
+    """Raise ValueError, naming the first, where settings are not those of the run that is to go on."""
+    held = settings_of(path).to_dict()
+    for name, value in config.to_dict().items():
+        if value != held[name] and name != "data_dir":
+            raise ValueError(f"resume: {name} is {held[name]!r} in {path}, got {value!r}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -190,7 +209,9 @@ def _prior(config: Config, path: Path, device: torch.device) -> tuple[RunFolder,
     return RunFolder(path, config, first.shape, first.classes, program), images, task
 
 
-def _fit(record: RunFolder, images: Images, task: _Task, device: torch.device, progress: bool) -> Run:
+def _fit(
+    record: RunFolder, images: Images, task: _Task, device: torch.device, progress: bool, resume: Resume
+) -> Run:
     config = record.config
     schedule = SCHEDULES[config.schedule]
     return fit(
@@ -209,6 +230,7 @@ def _fit(record: RunFolder, images: Images, task: _Task, device: torch.device, p
         progress=progress,
         compile=COMPILE[config.compile],
         precision=PRECISIONS[config.precision],
+        checkpoints=Checkpoints(record.path / CHECKPOINTS, resume),
     )
 
 

@@ -67,7 +67,7 @@ class Update:
 
     def apply(self, found: Sequence[Tensor | None]) -> None:
         """Take the optimizer's step along given gradients, one for each of ``parameters``."""
-        # Only here is their memory order known: a compiled graph may have it otherwise than what it was traced from.
+        # Only here is their memory order known: a compiled graph may have another than what it was traced from.
         found = [g if g is None else _laid_out(g, p) for g, p in zip(found, self.parameters, strict=True)]
         if self._adam.ready(found):
             self._adam.step(found)

@@ -19,8 +19,8 @@ LAYERS = [
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
     "enumeration moving proposals semiamortised quantising draws",
     "streams batches holding capture updates steps hooks resuming loop train estimates streaming densities "
-    "evaluate disentangling paths schedules annealing generators weighing refining amortisation overfitting calibration "
-    "criticism coding sparing decomposition",
+    "evaluate disentangling paths schedules annealing generators weighing refining amortisation overfitting "
+    "calibration criticism coding sparing decomposition",
     "data plots arviz_export film checkpoint settings plan axes config folders figures runs verdicts flags cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
