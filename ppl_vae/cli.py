@@ -29,8 +29,9 @@ from ppl_vae.evaluate import ActiveUnits, active_units, reconstruct, sample
 from ppl_vae.figures import draw_figures
 from ppl_vae.files import write_whole
 from ppl_vae.flags import parser
-from ppl_vae.folders import METRICS, RECORD, RESULTS, RunFolder, installed, load_run, settings_of, write_json
+from ppl_vae.folders import METRICS, RECORD, RESULTS, RunFolder, load_run, settings_of, write_json
 from ppl_vae.plots import label_rows, samples, save
+from ppl_vae.records import installed
 from ppl_vae.runs import second_stage, train_run
 from ppl_vae.schedules import Annealing
 from ppl_vae.train import NonFiniteError, as_device, default_device
@@ -70,6 +71,8 @@ def train(args: argparse.Namespace) -> int:
     values = (settings_in(args.config) if args.config else {}) | flags
     if args.resume != "off" and args.out is None:
         raise ValueError("resume: say which run to go on with, --out RUN")
+    if args.like is not None:
+        values = settings_of(args.like).to_dict() | values
     if args.resume == "last" or (args.resume == "auto" and (args.out / RECORD).exists()):
         values = settings_of(args.out).to_dict() | values
     config = Config(**(values if values.get("codes") is None else second_stage(values)))
@@ -77,7 +80,8 @@ def train(args: argparse.Namespace) -> int:
     out = args.out or Path("runs", name)
     try:
         with _terminated() as signals:
-            run, folder = train_run(config, out, force=args.force, progress=not args.quiet, resume=args.resume)
+            how: dict[str, Any] = {"force": args.force, "progress": not args.quiet, "resume": args.resume}
+            run, folder = train_run(config, out, **how, like=None if {"data", "limit"} & {*flags} else args.like)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error} They are saved in {out}.", error.run) from error
     print(f"{run.reason}: {run.epoch} epochs, {run.step} steps, {sum(r['seconds'] for r in run.history):.1f} s")
@@ -90,7 +94,7 @@ def train(args: argparse.Namespace) -> int:
         )
     print(f"run folder {folder.path}: weights, {METRICS}, figures; judge it with: ppl-vae evaluate {folder.path}")
     if run.interrupted:
-        print(f"go on with: ppl-vae train --out {folder.path} --resume last", file=sys.stderr)
+        print(f"go on with: ppl-vae train --out {folder.path} --resume last")
     return (143 if signals else 130) if run.interrupted else 0
 
 
@@ -244,6 +248,10 @@ def info(args: argparse.Namespace) -> int:
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
         print(f"  {name:<16}{shown}{'  (default)' if value == default[name] else ''}")
     print(f"  {'steps':<16}{run.engine}" if run.engine else "  steps           not recorded")
+    for name, value in run.made.items():
+        for part in value if isinstance(value, list) else [value]:
+            text = ", ".join(f"{n} {v}" for n, v in part.items()) if isinstance(part, dict) else part
+            print(f"  {name:<16}{text}")
     print(run.program)
     return 0
 

@@ -130,6 +130,7 @@ def _train_flags(p: argparse.ArgumentParser) -> None:
         help="go on with the run in --out, from its last checkpoint; auto: from an earlier one where that is "
         "damaged, and from the start where there is no run",
     )
+    p.add_argument("--like", type=Path, metavar="RUN", help="take all settings, and the data, of that run")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     groups: dict[str, Any] = {}
     for f in fields(Config):

@@ -1,7 +1,7 @@
 """Run folders: settings, weights, metrics and figures; made by training, read by everything after it.
 
 ```
-RUN/run.json              settings, shape of a picture, names of the labels, versions
+RUN/run.json              settings, shape of a picture, names of the labels, how it came about
 RUN/weights.safetensors   the weights kept: best by the validation bound, or the last good ones
 RUN/metrics.csv           one row per epoch
 RUN/results.json          what `ppl-vae evaluate` found
@@ -16,11 +16,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +44,8 @@ __all__ = [
     "TABLE",
     "WEIGHTS",
 ]
-__all__ += ["RunFolder", "clear", "installed", "load_run", "open_folder", "record_of", "refuse_if_in_use"]
-__all__ += ["settings_of", "shown", "write_json"]
+__all__ += ["RunFolder", "clear", "load_run", "open_folder", "record_of", "refuse_if_in_use"]
+__all__ += ["made_of", "settings_of", "shown", "write_json"]
 
 FORMAT = 1
 RECORD, WEIGHTS, METRICS, RESULTS = "run.json", "weights.safetensors", "metrics.csv", "results.json"
@@ -67,6 +65,7 @@ class RunFolder:
     classes: tuple[str, ...]
     program: Any
     engine: str = ""  # how its steps were run
+    made: dict[str, Any] = field(default_factory=dict)  # how it came about, see `ppl_vae.records`
 
     def images(self, data: PathLike | None = None, data_dir: PathLike | None = None) -> Images:
         """The data the run was trained on, loaded again, or others in their place.
@@ -116,7 +115,7 @@ def load_run(folder: PathLike) -> RunFolder:
         load_weights(program, path / WEIGHTS)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"run: {str(error).removeprefix('path: ')}") from error
-    return RunFolder(path, config, shape, classes, program, str(held.get("engine", "")))
+    return RunFolder(path, config, shape, classes, program, str(held.get("engine", "")), _made(held))
 
 
 def settings_of(folder: PathLike) -> Config:
@@ -127,6 +126,20 @@ def settings_of(folder: PathLike) -> Config:
     """
     path = Path(folder)
     return _known(path, _read_record(path))[0]
+
+
+def made_of(folder: PathLike) -> dict[str, Any]:
+    """How a run came about; empty where it does not tell.
+
+    Raises:
+        ValueError: as for `settings_of`.
+    """
+    return _made(_read_record(Path(folder)))
+
+
+def _made(held: Mapping[str, Any]) -> dict[str, Any]:
+    found = held.get("made")
+    return found if isinstance(found, dict) else {}
 
 
 def _known(path: Path, held: Mapping[str, Any]) -> tuple[Config, tuple[int, ...], tuple[str, ...]]:
@@ -176,24 +189,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def installed(package: str) -> str:
-    """The version of an installed package, or that there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def record_of(run: RunFolder) -> dict[str, Any]:
     """What run.json holds."""
-    packages = ("ppl-vae", "torch", "pyro-ppl", "arviz", "numpy")
     return {
         "format": FORMAT,
         "config": run.config.to_dict(),
         "shape": list(run.shape),
         "classes": list(run.classes),
         "engine": run.engine,
-        "versions": {"python": platform.python_version()} | {p: installed(p) for p in packages},
+        "made": run.made,
     }
 
 

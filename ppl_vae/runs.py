@@ -41,6 +41,7 @@ from ppl_vae.folders import (
     RunFolder,
     clear,
     load_run,
+    made_of,
     open_folder,
     record_of,
     refuse_if_in_use,
@@ -52,6 +53,7 @@ from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, Whole
 from ppl_vae.models import Density
 from ppl_vae.objectives import ELBO, Objective
 from ppl_vae.pairs import as_pair
+from ppl_vae.records import circumstances
 from ppl_vae.resuming import Checkpoints, Resume
 from ppl_vae.rng import seeded
 from ppl_vae.train import Run, as_device, fit
@@ -95,7 +97,13 @@ def _check_agrees(values: Mapping[str, Any], first: RunFolder) -> None:
 
 
 def train_run(
-    config: Config, folder: PathLike, *, force: bool = False, progress: bool = True, resume: Resume = "off"
+    config: Config,
+    folder: PathLike,
+    *,
+    force: bool = False,
+    progress: bool = True,
+    resume: Resume = "off",
+    like: PathLike | None = None,
 ) -> tuple[Run, RunFolder]:
     """Train what a config says, into a folder.
 
@@ -112,6 +120,7 @@ def train_run(
         progress: show a bar on a terminal.
         resume: go on with the run in the folder, of the same settings, as `ppl_vae.Checkpoints` has it; "auto"
             starts one where there is none.
+        like: a run on whose data this one must be trained.
 
     Returns:
         The training run, and the folder with the trained program.
@@ -119,7 +128,7 @@ def train_run(
     Raises:
         ValueError: bad data or settings, or at odds with those of the run that has the codes; no such device; a
             folder that is in use or cannot be written; a run to go on with that is not there, has other settings,
-            or a damaged checkpoint.
+            or a damaged checkpoint; data that are not those of that run, or of the one that this is to be like.
         NonFiniteError: the objective became NaN or infinite; the folder holds the last good weights.
     """
     path = Path(folder)
@@ -133,6 +142,7 @@ def train_run(
     for split in (images.train, images.valid, images.test):
         columns = presented(config, split, images.shape, training=split is images.train)
         prepare(as_pair(record.program), columns)
+    record = replace(record, made=_made(images, device, path if going_on else None, like))
     if not going_on:
         open_folder(path)
     try:
@@ -153,6 +163,22 @@ def _check_same(config: Config, path: Path) -> None:
     for name, value in config.to_dict().items():
         if value != held[name] and name != "data_dir":
             raise ValueError(f"resume: {name} is {held[name]!r} in {path}, got {value!r}; leave it out")
+
+
+def _made(images: Images, device: torch.device, resumed: PathLike | None, like: PathLike | None) -> dict[str, Any]:
+    """How a run comes about; of one that goes on, how it did, and when it went on.
+
+    Raises:
+        ValueError: its data are not those of the run that it goes on with, or is to be like.
+    """
+    found = circumstances(images, device)
+    for other in (resumed, like):
+        if other is not None and made_of(other).get("data", found["data"]) != found["data"]:
+            raise ValueError(f"data: {images.name} is not what {other} was trained on; its checksum is another")
+    if resumed is None:
+        return found
+    before = made_of(resumed)
+    return before | {"resumed": [*before.get("resumed", []), {n: found[n] for n in ("started", "command")}]}
 
 
 @dataclass(frozen=True)

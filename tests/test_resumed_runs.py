@@ -93,7 +93,7 @@ def test_a_run_that_is_asked_to_terminate_saves_and_says_how_to_go_on(tmp_path, 
     cut(2, lambda: signal.raise_signal(signal.SIGTERM))
     assert main([*TRAIN, "--out", str(ended)]) == 143
     assert signal.getsignal(signal.SIGTERM) is before
-    assert f"go on with: ppl-vae train --out {ended} --resume last" in capsys.readouterr().err
+    assert f"go on with: ppl-vae train --out {ended} --resume last" in capsys.readouterr().out
     assert (ended / "weights.safetensors").exists()
     assert main([*TRAIN, "--out", str(whole)]) == 0
     assert main(["train", "--out", str(ended), "--resume", "last", "--quiet"]) == 0

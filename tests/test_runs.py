@@ -57,10 +57,15 @@ def copy(trained, tmp_path):
     return shutil.copytree(trained[2], tmp_path / "copy")
 
 
+def kept_after(*epochs):
+    """The checkpoints of these epochs."""
+    return {f"checkpoints/epoch-{epoch:06d}.safetensors" for epoch in epochs}
+
+
 def test_the_folder_is_complete(trained):
     run, _, folder = trained
     expected = {"run.json", "weights.safetensors", "metrics.csv"} | {f"figures/{n}" for n in PLAIN}
-    assert set(files(folder)) == expected | {"figures/film.gif"}
+    assert set(files(folder)) == expected | {"figures/film.gif"} | kept_after(2, 3)
     assert (folder / "tensorboard").exists() == (find_spec("tensorboard") is not None)
     with (folder / "metrics.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
@@ -70,7 +75,7 @@ def test_the_folder_is_complete(trained):
     record = json.loads((folder / "run.json").read_text())
     assert record["shape"] == [8, 8]
     assert record["classes"] == [str(i) for i in range(10)]
-    assert record["versions"]["ppl-vae"] == pv.__version__
+    assert record["made"]["versions"]["ppl-vae"] == pv.__version__
     others_may_read = (folder / "run.json").stat().st_mode
     assert (folder / "weights.safetensors").stat().st_mode == others_may_read
 
@@ -186,7 +191,7 @@ def test_force_replaces_a_run_and_nothing_else(copy):
     go(copy, force=True, model="cvae")
     kept = {"run.json", "weights.safetensors", "metrics.csv", "notes.txt", "figures/mine.png"}
     drawn = {f"figures/{n}.png" for n in ("curves", "latent", "reconstructions", "labels")}
-    assert set(files(copy)) == kept | drawn
+    assert set(files(copy)) == kept | drawn | kept_after(1, 2)
     assert load_run(copy).config.model == "cvae"
 
 
