@@ -33,7 +33,7 @@ from ppl_vae.calibration import Calibration, sbc
 from ppl_vae.checkpoint import Save, load_weights, save_weights
 from ppl_vae.codebooks import Codebook, ProductCodebook, ResidualCodebook, Summed
 from ppl_vae.codes import CodePrior, Quantised, check_usage, perplexity, usage
-from ppl_vae.coding import CodeLength, CodeUse, CodeUses, code_indices, code_length, code_use
+from ppl_vae.coding import CodeLength, CodeUse, WatchCodes, code_indices, code_length, code_use
 from ppl_vae.conditionals import (
     Conditional,
     FixedScale,
@@ -128,6 +128,7 @@ from ppl_vae.weighing import importance
 
 __version__ = "0.1.0"
 __all__ = [
+    # declare
     "AffineMap",
     "as_pair",
     "BackwardGRU",
@@ -212,6 +213,8 @@ __all__ = [
     "UniformCodes",
     "VAE",
     "VampPrior",
+    # data
+    "cifar10",
     "Data",
     "dequantise",
     "digits",
@@ -223,12 +226,14 @@ __all__ = [
     "Stream",
     "threshold",
     "Transform",
+    # train
     "Adversary",
     "Alternating",
     "Anneal",
     "Bound",
     "BoundObjective",
     "Capacity",
+    "Checkpoints",
     "Commitment",
     "cyclical",
     "DecoderL2",
@@ -271,6 +276,9 @@ __all__ = [
     "Update",
     "vimco",
     "Wake",
+    "WatchCodes",
+    "WholeProgram",
+    # judge
     "active_units",
     "ActiveUnits",
     "annealed",
@@ -280,9 +288,11 @@ __all__ = [
     "bits_per_dimension",
     "Calibration",
     "check_usage",
-    "cifar10",
-    "Checkpoints",
-    "WholeProgram",
+    "code_indices",
+    "code_length",
+    "code_use",
+    "CodeLength",
+    "CodeUse",
     "decode",
     "decompose",
     "Decomposition",
@@ -329,6 +339,7 @@ __all__ = [
     "to_arviz",
     "usage",
     "widened",
+    # keep
     "build",
     "Config",
     "load_run",
@@ -337,10 +348,4 @@ __all__ = [
     "Save",
     "save_weights",
     "train_run",
-    "CodeLength",
-    "CodeUse",
-    "CodeUses",
-    "code_indices",
-    "code_length",
-    "code_use",
 ]

@@ -69,13 +69,17 @@ def train(args: argparse.Namespace) -> int:
     """Train a model and write a run folder: settings, weights, metrics, figures."""
     flags = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
     values = (settings_in(args.config) if args.config else {}) | flags
+    if args.resume != "off" and args.force:
+        raise ValueError("force: it replaces a run, and resume goes on with it; leave one out")
     if args.resume != "off" and args.out is None:
         raise ValueError("resume: say which run to go on with, --out RUN")
     if args.like is not None:
         values = settings_of(args.like).to_dict() | values
     if args.resume == "last" or (args.resume == "auto" and (args.out / RECORD).exists()):
         values = settings_of(args.out).to_dict() | values
-    config = Config(**(values if values.get("codes") is None else second_stage(values)))
+    elif values.get("codes") is not None:
+        values = second_stage(values)
+    config = Config(**values)
     name = f"{Path(config.data).stem}-{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = args.out or Path("runs", name)
     try:

@@ -23,7 +23,7 @@ from ppl_vae.pairs import Pair, Program
 from ppl_vae.sites import base, statements
 from ppl_vae.traces import by_datum, run_guide
 
-__all__ = ["CodeLength", "CodeUse", "CodeUses", "code_indices", "code_length", "code_use"]
+__all__ = ["CodeLength", "CodeUse", "WatchCodes", "code_indices", "code_length", "code_use"]
 
 BIT = math.log(2)  # nats
 
@@ -45,12 +45,12 @@ def code_indices(program: Program | Pair, data: Any, *, batch_size: int = 100, s
     Raises:
         ValueError: data that do not suit the pair; no latent of the guide is quantised.
     """
-    found = _found(program, data, batch_size, seed)
+    found = _quantised(program, data, batch_size, seed)
     return {name: i if book.books is not None else i.squeeze(-1) for name, (i, book) in found.items()}
 
 
 @torch.no_grad()
-def _found(program: Program | Pair, data: Any, size: int, seed: int) -> dict[str, tuple[Tensor, Quantiser]]:
+def _quantised(program: Program | Pair, data: Any, size: int, seed: int) -> dict[str, tuple[Tensor, Quantiser]]:
     """Quantised latent site -> the indices of all data, (N, *grid, books), and the codebook."""
     columns: dict[str, list[Tensor]] = {}
     books: dict[str, Quantiser] = {}
@@ -111,7 +111,7 @@ def code_use(
         ValueError: as for `code_indices`.
     """
     found = {}
-    for name, (indices, codebook) in _found(program, data, batch_size, seed).items():
+    for name, (indices, codebook) in _quantised(program, data, batch_size, seed).items():
         codes, each = codebook.codes, indices.unbind(-1)
         used, effective = (sum(f(i, codes) for i in each) / len(each) for f in (usage, perplexity))
         found[name] = CodeUse(codes, math.prod(indices.shape[1:]), used, effective)
@@ -120,7 +120,7 @@ def code_use(
     return found
 
 
-class CodeUses(Hook):
+class WatchCodes(Hook):
     """Add perplexity and usage of each codebook to the history, and warn at the end of one that has collapsed.
 
     Give it before hooks that write the history, such as `ppl_vae.LogCSV`.
@@ -129,7 +129,7 @@ class CodeUses(Hook):
         data: what to encode after every epoch, in any form that ``fit`` takes: some hundred rows tell.
 
     >>> import ppl_vae as pv
-    >>> hooks = [CodeUses(torch.rand(200, 784)), pv.LogCSV("metrics.csv")]
+    >>> hooks = [WatchCodes(torch.rand(200, 784)), pv.LogCSV("metrics.csv")]
     """
 
     def __init__(self, data: Any) -> None:
@@ -154,10 +154,11 @@ class CodeLength:
 
     Attributes:
         bound: log p(x | z) + log p(z), a lower bound on log p(x), in nats per datum.
-        codes: -log2 p(z), bits per datum.
+        codes: -log2 p(z), bits per datum; of latents that are not quantised, their KL.
         pixels: -log2 p(x | z), bits per datum; of a density they are relative, and may be negative.
         use: quantised latent site -> how much of its codebook is used.
         dimensions: entries of one datum.
+        alone: whether all latents are quantised.
     """
 
     bound: Estimate
@@ -165,11 +166,12 @@ class CodeLength:
     pixels: Average
     use: dict[str, CodeUse]
     dimensions: int
+    alone: bool = True
 
     @property
     def per_code(self) -> Average:
-        """Bits for each code of a datum; log2 K under a uniform prior."""
-        places = sum(use.places for use in self.use.values())
+        """Bits for each code of a datum, log2 K under a uniform prior; NaN where some latents have none."""
+        places = sum(use.places for use in self.use.values()) if self.alone else math.nan
         return Average(self.codes.mean / places, self.codes.stderr / places)
 
     @property
@@ -205,12 +207,13 @@ def code_length(
         compile: as in `ppl_vae.fit`.
 
     Raises:
-        ValueError: as for `ppl_vae.elbo` and `code_indices`.
-        IncompleteError: as for `ppl_vae.elbo`.
+        ValueError: as for `ppl_vae.elbo` and `code_indices`; data that hold NaN.
+        IncompleteError: as for `ppl_vae.elbo`, of other data.
     """
     use = code_use(program, data, batch_size=batch_size, seed=seed)
     bound = elbo(program, data, batch_size=batch_size, seed=seed, compile=compile)
     codes, pixels = (average(bound.diagnostics[name] / BIT) for name in ("rate", "distortion"))
     with judging(program, seed) as pair:
         first = next(presented(pair, data, batch_size, seed))[1][0]
-    return CodeLength(bound, codes, pixels, use, first[0].numel())
+        latents = pair.layout.latents if pair.layout is not None else ()
+    return CodeLength(bound, codes, pixels, use, first[0].numel(), {*latents} == use.keys())

@@ -13,12 +13,25 @@ __all__ = ["balanced", "power_of_two"]
 
 
 def balanced(law: TorchDistribution, count: int) -> Tensor:
-    """Draws, (count, B, D), for ``count`` a power of two; those of normals in sets that differ by signs alone.
+    """Draws, (count, B, D); those of normals in sets that differ by signs alone.
 
     Within a set the signs are the columns of a Hadamard matrix and their negatives. So entries of the noise, and
     products of two, sum to zero over a set as their expectations are: what is linear in the noise, or mixes two
-    latents, has no part in a gradient's error. Each draw by itself is one of the law.
+    latents, has no part in a gradient's error. Of two latents whose numbers differ by a multiple of half the count
+    the products do not. Each draw by itself is one of the law.
+
+    The price: a set has one size for each latent, so that of what is even in the noise it tells as little as one
+    draw. It pays where posteriors are near to normal.
+
+    Args:
+        law: with batch shape (B,) and event (D,).
+        count: a power of two, from 2.
+
+    Raises:
+        ValueError: another count.
     """
+    if count < 2 or count != power_of_two(count):
+        raise ValueError(f"count must be a power of two, at least 2, got {count}")
     first, maps = (law.base_dist, law.transforms) if isinstance(law, TransformedDistribution) else (law, ())
     normal = base(first)
     drawn: Tensor

@@ -31,26 +31,15 @@ from ppl_vae.files import PathLike, write_whole
 from ppl_vae.resuming import Checkpoints
 from ppl_vae.rng import seeded
 
-__all__ = [
-    "CHECKPOINTS",
-    "EACH",
-    "EVENTS",
-    "FIGURES",
-    "FILM",
-    "JUDGED",
-    "METRICS",
-    "RECORD",
-    "RESULTS",
-    "TABLE",
-    "WEIGHTS",
-]
-__all__ += ["RunFolder", "clear", "load_run", "open_folder", "record_of", "refuse_if_in_use"]
-__all__ += ["made_of", "settings_of", "shown", "write_json"]
+__all__ = ["CHECKPOINTS", "EACH", "EVENTS", "FIGURES", "FILM", "FIRST", "JUDGED", "METRICS", "RECORD", "RESULTS"]
+__all__ += ["TABLE", "WEIGHTS", "RunFolder", "clear", "load_run", "made_of", "open_folder", "record_of"]
+__all__ += ["refuse_if_in_use", "settings_of", "shape_and_classes", "shown", "write_json"]
 
 FORMAT = 1
 RECORD, WEIGHTS, METRICS, RESULTS = "run.json", "weights.safetensors", "metrics.csv", "results.json"
 TABLE, EACH = "results.csv", "per_datum.csv"
 FIGURES, EVENTS, FILM, CHECKPOINTS = "figures", "tensorboard", "film.gif", "checkpoints"
+FIRST = "first-stage.safetensors"  # in the folder of checkpoints: the program before its prior is learned
 DRAWN = ("curves.png", "reconstructions.png", "latent.png", "labels.png", "samples.png", "plane.png", "codes.png")
 JUDGED = ("bounds.png", "khat.png", "annealing.png", "sandwich.png", "gaps.png", "calibration.png")
 
@@ -126,6 +115,16 @@ def settings_of(folder: PathLike) -> Config:
     """
     path = Path(folder)
     return _known(path, _read_record(path))[0]
+
+
+def shape_and_classes(folder: PathLike) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The shape of a run's pictures, and the names of its labels.
+
+    Raises:
+        ValueError: as for `settings_of`.
+    """
+    path = Path(folder)
+    return _known(path, _read_record(path))[1:]
 
 
 def made_of(folder: PathLike) -> dict[str, Any]:
@@ -218,7 +217,7 @@ def open_folder(path: Path) -> Path:
     """Make the run folder; an earlier run in it is deleted."""
     try:
         clear(path)
-        (path / FIGURES).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out: cannot write to {path} ({error.strerror})") from error
     return path
@@ -232,6 +231,7 @@ def clear(path: Path) -> None:
     if (path / EVENTS).is_dir():
         shutil.rmtree(path / EVENTS)
     Checkpoints(path / CHECKPOINTS).clear()
+    (path / CHECKPOINTS / FIRST).unlink(missing_ok=True)
     for folder in (path / FIGURES, path / CHECKPOINTS, path):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

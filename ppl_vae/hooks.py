@@ -244,8 +244,6 @@ class LogTensorBoard(Hook):
 class WholeProgram(Hook):
     """Show a hook the whole program that a part is trained of, so that the whole is saved or filmed.
 
-    The hook may look at the run, and not stop it.
-
     Args:
         program: the whole, which shares the trained parameters.
         hook: what sees it as the pair of the run.
@@ -261,23 +259,23 @@ class WholeProgram(Hook):
 
     def on_start(self, run: Run) -> None:
         """Before the first step."""
-        self.hook.on_start(self._whole(run))
+        self._call("on_start", run)
 
     def on_step(self, run: Run) -> None:
         """Before each step."""
-        self.hook.on_step(self._whole(run))
+        self._call("on_step", run)
 
     def on_report(self, run: Run, value: float, rate: float) -> None:
         """When losses were read."""
-        self.hook.on_report(self._whole(run), value, rate)
+        self._call("on_report", run, value, rate)
 
     def on_epoch(self, run: Run) -> None:
         """After each epoch."""
-        self.hook.on_epoch(self._whole(run))
+        self._call("on_epoch", run)
 
     def on_end(self, run: Run) -> None:
         """At the end."""
-        self.hook.on_end(self._whole(run))
+        self._call("on_end", run)
 
     def state(self) -> dict[str, Any] | None:
         """The hook's."""
@@ -285,7 +283,10 @@ class WholeProgram(Hook):
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
         """The hook goes on."""
-        self.hook.restore(self._whole(run), state)
+        self._call("restore", run, state)
 
-    def _whole(self, run: Run) -> Run:
-        return replace(run, pair=as_pair(self.program))
+    def _call(self, moment: str, run: Run, *args: Any) -> None:
+        whole = replace(run, pair=as_pair(self.program))
+        getattr(self.hook, moment)(whole, *args)
+        if whole.stopping and not run.stopping:
+            run.stop(whole.reason)

@@ -100,7 +100,7 @@ class Loop:
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.run, self.train, self.hooks = run, train, hooks
-        self.checkpoints, self.state = checkpoints, RunState(run, hooks, self.settings(seed))
+        self.checkpoints = checkpoints
         self.every_step, self.report_every, self.seed = every_step, report_every, seed
         self.parameters = [p for update in run.updates for p in update.parameters]
         self.steppers = [Stepper(update, run.engine, train) for update in run.updates]
@@ -109,6 +109,7 @@ class Loop:
         self.best: dict[str, Tensor] | None = None
         self.good = self.latest = snapshot(run.pair)  # the latest is good once its objective is finite
         self.given = numbers(run.objective)
+        self.state = RunState(run, hooks, self.settings(seed), self.details())
 
     def captured(self, feed: Feed) -> Captured:
         """The objective's values on a feed's items, without gradients."""
@@ -123,6 +124,8 @@ class Loop:
         """Run to the end, and call ``on_end`` however it comes."""
         run = self.run
         held = None if self.checkpoints is None else self.state.find(self.checkpoints)
+        if self.checkpoints is not None and held is None:  # told before hooks start files of theirs anew
+            self.checkpoints.write(0, self.state.take(None))
         try:
             self.call("on_start")
             self.begin(held)
@@ -196,7 +199,7 @@ class Loop:
             self.checkpoints.write(run.epoch, self.state.take(self.best))
 
     def begin(self, held: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint, or write the first: where that fails, it does before the work."""
+        """Go on from a checkpoint, or write the first, now with what hooks have at the start."""
         if held is not None:
             self.best = self.state.put(held)
             self.good = self.latest = snapshot(self.run.pair)
@@ -204,14 +207,26 @@ class Loop:
             self.checkpoints.write(0, self.state.take(None))
 
     def settings(self, seed: int) -> dict[str, Any]:
-        """What decides the numbers of a run besides what is in its state."""
-        feed, run = self.train, self.run
+        """What decides the numbers of a run besides what is in its state, as far as a glance tells."""
+        run, source = self.run, self.train.source
         return {
             "seed": seed,
-            "batch_size": feed.size,
-            "rows": len(feed.source) if isinstance(feed.source, Data) else None,
+            "batch_size": self.train.size,
+            "rows": len(source) if isinstance(source, Data) else None,
             "updates": [[type(u.optimizer).__name__, u.precision, u.clip_norm] for u in run.updates],
             "schedules": [type(schedule).__name__ for schedule in run.schedules],
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The same on a closer look, at the start of a run."""
+        run = self.run
+        return {
+            "scheduler_every": "step" if self.every_step else "epoch",
+            "data": _data(self.train),
+            "valid": None if self.valid is None else _data(self.valid[0]),
+            "objective": _made_of(run.objective),
+            "groups": [_groups(update) for update in run.updates],
+            "schedules": [str(schedule.state_dict()) for schedule in run.schedules],
         }
 
     def looks_again(self) -> bool:
@@ -316,6 +331,28 @@ def numbers(objective: nn.Module) -> dict[str, Tensor]:
     """A copy of an objective's own numbers, such as beta, which hooks anneal; of nets in it, nothing."""
     own = [(f"{path}." if path else "", m) for path, m in objective.named_modules() if not m._parameters]
     return {prefix + name: b.detach().clone() for prefix, m in own for name, b in m.named_buffers(recurse=False)}
+
+
+def _data(feed: Feed) -> Any:
+    """What tells data in memory from others: shapes, and the sums of columns; of a stream, nothing."""
+    if not isinstance(feed.source, Data):
+        return None
+    return [[list(c.shape), float(c.sum(dtype=torch.float64))] for c in feed.source.columns]
+
+
+def _made_of(module: nn.Module) -> Any:
+    """The kinds of an objective and of its parts, with their numbers."""
+    return [
+        [name, type(m).__name__]
+        + [f"{k}={v}" for k, v in sorted(vars(m).items()) if type(v) in (int, float, str) and k[0] != "_"]
+        + [f"{k}={b.tolist()}" for k, b in m._buffers.items() if b is not None and b.numel() == 1]
+        for name, m in module.named_modules()
+    ]
+
+
+def _groups(update: Update) -> str:
+    """The settings of an optimizer's groups, and how many parameters each has."""
+    return str([{**group, "params": len(group["params"])} for group in update.optimizer.param_groups])
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

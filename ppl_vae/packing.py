@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,6 +24,7 @@ __all__ = ["DamagedError", "pack", "unpack"]
 
 VERSION = 1
 WHOSE = "ppl_vae"
+DEEPEST = 100  # levels of a state
 
 
 class DamagedError(ValueError):
@@ -81,10 +83,19 @@ def unpack(path: PathLike, kind: str) -> Any:
 
 def _plain(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     """A value as JSON has them; what JSON lacks is an object of one key. Tensors are put aside by name."""
+    if where.count("/") > DEEPEST:
+        raise ValueError(f"{where[:60]}...: it holds itself, or is nested more than {DEEPEST} deep")
     if isinstance(value, Tensor):
-        name = where if where not in tensors else f"{where} {len(tensors)}"  # as keys 1 and "1" make it
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            kind = f"{value.layout} {value.dtype} on {value.device}"
+            raise ValueError(f"{where}: a tensor of {kind} cannot be kept in a file; a plain one can")
+        name = where
+        while name in tensors:  # as keys 1 and "1" make it
+            name += "'"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return {"number": str(value)}
     if value is None or type(value) in (bool, int, float, str):

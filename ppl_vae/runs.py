@@ -13,8 +13,8 @@ import torch
 
 from ppl_vae.axes import AXES
 from ppl_vae.batches import prepare
-from ppl_vae.checkpoint import Save
-from ppl_vae.coding import CodeUses, code_indices
+from ppl_vae.checkpoint import Save, load_weights, save_weights
+from ppl_vae.coding import WatchCodes, code_indices
 from ppl_vae.config import (
     COMPILE,
     OPTIMIZERS,
@@ -35,6 +35,7 @@ from ppl_vae.folders import (
     EVENTS,
     FIGURES,
     FILM,
+    FIRST,
     METRICS,
     RECORD,
     WEIGHTS,
@@ -46,6 +47,7 @@ from ppl_vae.folders import (
     record_of,
     refuse_if_in_use,
     settings_of,
+    shape_and_classes,
     shown,
     write_json,
 )
@@ -138,7 +140,12 @@ def train_run(
     else:
         refuse_if_in_use(path, force)
     device = as_device(config.device)
-    record, images, task = _whole(config, path) if config.codes is None else _prior(config, path, device)
+    if config.codes is not None and Path(config.codes).resolve() == path.resolve():
+        raise ValueError(f"out: {path} is the run whose codes are taken; choose another folder")
+    if config.codes is None:
+        record, images, task = _whole(config, path)
+    else:
+        record, images, task = _prior(config, path, device, going_on)
     for split in (images.train, images.valid, images.test):
         columns = presented(config, split, images.shape, training=split is images.train)
         prepare(as_pair(record.program), columns)
@@ -147,6 +154,10 @@ def train_run(
         open_folder(path)
     try:
         write_json(path / RECORD, record_of(record))
+        (path / FIGURES).mkdir(exist_ok=True)
+        if config.codes is not None and not going_on:
+            (path / CHECKPOINTS).mkdir(exist_ok=True)
+            save_weights(record.program, path / CHECKPOINTS / FIRST)
         run = _fit(record, images, task, device, progress, resume if going_on else "off")
         record = replace(record, engine=run.engine.describe())
         write_json(path / RECORD, record_of(record))
@@ -214,14 +225,23 @@ def _whole(config: Config, path: Path) -> tuple[RunFolder, Images, _Task]:
     return RunFolder(path, config, images.shape, images.classes, program), images, task
 
 
-def _prior(config: Config, path: Path, device: torch.device) -> tuple[RunFolder, Images, _Task]:
-    """The task of training the prior alone, on the codes of another run; its other parts are taken as they are."""
-    first = load_run(str(config.codes))
-    _check_agrees(config.to_dict(), first)
+def _prior(config: Config, path: Path, device: torch.device, going_on: bool) -> tuple[RunFolder, Images, _Task]:
+    """The task of training the prior alone, on the codes of another run; its other parts are taken as they are.
+
+    They are copied, so that a run that goes on has those that it began with, whatever became of the other.
+    """
+    if going_on:
+        first = RunFolder(path, config, *shape_and_classes(path), None)
+    else:
+        first = load_run(str(config.codes))
+        _check_agrees(config.to_dict(), first)
     images = first.images(data_dir=config.data_dir)
     program: Any = build(config, first.shape, len(first.classes)).to(device).eval()
-    for part in ("likelihood", "posterior"):
-        getattr(program, part).load_state_dict(getattr(first.program, part).state_dict())
+    if going_on:
+        load_weights(program, path / CHECKPOINTS / FIRST)
+    else:
+        for part in ("likelihood", "posterior"):
+            getattr(program, part).load_state_dict(getattr(first.program, part).state_dict())
     prior = program.prior.prior
     if not [*prior.parameters()]:
         others = [n for n, choice in AXES["prior"].items() if choice.codes and n != (config.prior or "uniform")]
@@ -267,7 +287,7 @@ def _hooks(record: RunFolder, images: Images, task: _Task) -> list[Hook]:
     )
     hooks: list[Hook] = []
     if AXES["model"][config.model].codes and config.codes is None:
-        hooks.append(CodeUses(presented(config, images.valid[:WATCHED], images.shape)))
+        hooks.append(WatchCodes(presented(config, images.valid[:WATCHED], images.shape)))
     hooks += [LogCSV(path / METRICS), whole(Save(path / WEIGHTS))]
     if config.patience is not None:
         hooks.append(EarlyStop(config.patience))

@@ -24,9 +24,9 @@ Judge = TypeVar("Judge", bound=Callable[..., Any])
 def sparing(judge: Judge) -> Judge:
     """Make a function of (program, data, ...) give the results of the other data, where some hold NaN or infinity.
 
-    Those are judged as if they were the first datum that holds numbers, so that batches and draws of all others
-    stay what they are. Then their results become NaN, and an `IncompleteError` that names the first has them all.
-    So it is for data in memory; a stream ends at the batch that holds NaN, as does data where nothing is left.
+    The others are judged without them. Then there is NaN in the places of those left out, and an
+    `IncompleteError` that names the first has it all. So it is for data in memory; a stream ends at the batch that
+    holds NaN, as does data where nothing is left.
     """
 
     @wraps(judge)
@@ -34,15 +34,16 @@ def sparing(judge: Judge) -> Judge:
         if not isinstance(data, Data | Tensor | np.ndarray | tuple):
             return judge(program, data, *args, **options)
         source = cast(Data, as_data(data))
-        wrong = _spoilt(columns := source.columns)
-        if bool(wrong.any()):  # then a column that the model does not take may be meant
-            wrong = _spoilt(columns := columns[: arity(paired(program))[1]])
-        if not bool(wrong.any()) or bool(wrong.all()):
+        whole = _whole(columns := source.columns)
+        if not bool(whole.all()):  # then a column that the model does not take may be meant
+            whole = _whole(columns := columns[: arity(paired(program))[1]])
+        if bool(whole.all()) or not bool(whole.any()):
             return judge(program, data, *args, **options)
-        rows = torch.arange(len(wrong), device=wrong.device)
-        rows = torch.where(wrong, (~wrong).nonzero()[0], rows)
-        mended = source.having(column[rows.to(column.device)] for column in source.columns)
-        found = _without(kept(lambda: judge(program, mended, *args, **options)), wrong.cpu())
+        rest = source.having(column[whole.to(column.device)] for column in source.columns)
+        here = whole.cpu()
+        args, options = _changed((args, options), len(here), lambda value: value[here])
+        found = kept(lambda: judge(program, rest, *args, **options))
+        found = _changed(found, int(here.sum()), lambda value: _spread(value, here))
         try:
             for i, column in enumerate(columns):
                 check_finite(column, f"data column {i}")
@@ -53,22 +54,31 @@ def sparing(judge: Judge) -> Judge:
     return cast(Judge, judged)
 
 
-def _spoilt(columns: Batch) -> Tensor:
-    """Which rows hold NaN or infinity, (N,)."""
-    wrong = torch.zeros(len(columns[0]), dtype=torch.bool, device=columns[0].device)
+def _whole(columns: Batch) -> Tensor:
+    """Which rows hold numbers alone, (N,)."""
+    found = torch.ones(len(columns[0]), dtype=torch.bool, device=columns[0].device)
     for column in columns:
         if column.is_floating_point():
-            wrong |= ~column.isfinite().reshape(len(column), -1).all(1).to(wrong.device)
-    return wrong
+            found &= column.isfinite().reshape(len(column), -1).all(1).to(found.device)
+    return found
 
 
-def _without(result: Any, wrong: Tensor) -> Any:
-    """A result whose tensors of all data are NaN, or False, for some of them."""
-    if isinstance(result, Tensor) and result.dim() and len(result) == len(wrong):
-        nothing = torch.nan if result.is_floating_point() else False
-        return result.masked_fill(wrong.reshape(-1, *[1] * (result.dim() - 1)), nothing)
-    if isinstance(result, dict):
-        return {name: _without(value, wrong) for name, value in result.items()}
-    if is_dataclass(result) and not isinstance(result, type):
-        return replace(result, **{f.name: _without(getattr(result, f.name), wrong) for f in fields(result)})
-    return result
+def _spread(value: Tensor, here: Tensor) -> Tensor:
+    """Rows in their places among all, with NaN, or False, in the others."""
+    nothing = torch.nan if value.is_floating_point() else False
+    found = torch.full((len(here), *value.shape[1:]), nothing, dtype=value.dtype)
+    found[here] = value.cpu()
+    return found
+
+
+def _changed(value: Any, size: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """Estimates and what holds them, with every tensor of so many rows changed."""
+    if isinstance(value, Tensor):
+        return change(value) if value.dim() and len(value) == size else value
+    if isinstance(value, dict):
+        return {name: _changed(part, size, change) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_changed(part, size, change) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _changed(getattr(value, f.name), size, change) for f in fields(value)})
+    return value

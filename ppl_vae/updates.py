@@ -161,6 +161,7 @@ class _FusedAdam:
     @torch.no_grad()
     def step(self, found: Sequence[Tensor | None]) -> None:
         """Take one step."""
+        self.optimizer.__dict__["_opt_called"] = True  # schedulers ask whether it has stepped
         rest = [g for g in found if g is not None]
         for group, (parameters, first, second, steps, counts) in zip(
             self.optimizer.param_groups, self.columns, strict=True

@@ -325,7 +325,7 @@ class Witness(Hook):
         self.moments.append(("end", run.pair, run.epoch))
 
 
-def test_within_shows_the_whole_program_at_every_moment(tmp_path):
+def test_whole_program_shows_the_whole_program_at_every_moment(tmp_path):
     prior = pv.LearnedNormal(2)
     whole = pv.VAE(prior, pv.Normal(pv.MLP(2, 8, 12), scale=1.0), pv.mean_field(pv.MLP(12, 8, 2 * 2)))
     before, z = weights(whole), torch.randn(20, 2) + 3

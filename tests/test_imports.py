@@ -21,7 +21,8 @@ LAYERS = [
     "streams batches holding capture updates steps hooks resuming loop train estimates streaming densities "
     "evaluate disentangling paths schedules annealing generators weighing refining amortisation overfitting "
     "calibration criticism coding sparing decomposition",
-    "data plots arviz_export film checkpoint settings plan axes config records folders figures runs verdicts flags cli",
+    "data plots arviz_export film checkpoint settings plan axes config records folders figures runs verdicts "
+    "flags cli",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ENTRANCES = {"__init__", "__main__"}  # they stand above all layers

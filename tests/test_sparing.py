@@ -36,17 +36,16 @@ def tensors(found, of=""):
 def test_the_others_have_the_results_of_data_without_it(judge, bad):
     program = LinearGaussian.random(0, latent=2, width=4, widen=1.5)
     x = program.draw(7, seed=0)
-    clean = x.clone()
-    clean[[4, 6]] = x[0]
+    rest = [0, 1, 2, 3, 5]
+    clean = x[rest]
     x[4, 1], x[6, 3] = bad, torch.nan
     with pytest.raises(IncompleteError, match=r"column 0: row 4 holds NaN or infinity; .* error's") as e:
         judge(program, x)
     found, wanted = tensors(e.value.result), tensors(judge(program, clean))
     assert found.keys() == wanted.keys()
-    rest = [0, 1, 2, 3, 5]
     for name, value in found.items():
         assert len(value) == 7, name
-        torch.testing.assert_close(value[rest], wanted[name][rest], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(value[rest], wanted[name], rtol=0, atol=0, equal_nan=True)
         nothing = ~value[[4, 6]] if value.dtype == torch.bool else value[[4, 6]].isnan()
         assert nothing.all(), name
 
@@ -97,10 +96,29 @@ def test_where_nothing_is_left_or_data_come_in_a_stream_it_is_refused(judge):
 def test_data_are_presented_as_before():
     x = (pixels(6) > 0.5).float()
     x[2, 0] = torch.nan
-    clean = torch.where(x.isnan(), 0.0, x)
-    clean[2] = x[0]
+    rest = [0, 1, 3, 4, 5]
     judge = partial(pv.elbo, vae("bernoulli"), seed=3, compile="off")
     with pytest.raises(IncompleteError) as e:
         judge(pv.Data(x, transform=pv.redraw))
-    rest = [0, 1, 3, 4, 5]
-    assert torch.equal(e.value.result.value[rest], judge(pv.Data(clean, transform=pv.redraw)).value[rest])
+    assert torch.equal(e.value.result.value[rest], judge(pv.Data(x[rest], transform=pv.redraw)).value)
+
+
+def test_warnings_are_of_the_data_that_are_left():
+    program = LinearGaussian.random(0, latent=2, width=4, widen=1.5)
+    x = program.draw(21, seed=0)
+    x[6:] = torch.nan
+    with pytest.raises(IncompleteError) as e:
+        pv.importance(program, x, 30, compile="off")
+    assert e.value.result.warnings == pv.importance(program, x[:6], 30, compile="off").warnings
+
+
+def test_evidence_of_all_data_is_taken_for_those_that_are_left():
+    program = LinearGaussian.random(0, latent=2, width=4, widen=1.5)
+    x = program.draw(5, seed=0)
+    evidence = Estimate(program.log_evidence(x).detach(), torch.zeros(5).double(), "unbiased")
+    x[1] = torch.nan
+    with pytest.raises(IncompleteError) as e:
+        JUDGES["gaps"](program, x, evidence=evidence)
+    found = e.value.result.evidence.value
+    assert found.isnan().tolist() == [False, True, False, False, False]
+    assert torch.equal(found[[0, 2, 3, 4]], evidence.value[[0, 2, 3, 4]])

@@ -126,7 +126,7 @@ class Bench:
         declare, objective = AUTOENCODERS[name]
         vae = declare()
         vae.likelihood.start_from(self.train)
-        uses = [pv.CodeUses(self.valid[:500])] if name == "VQ-VAE" else []
+        uses = [pv.WatchCodes(self.valid[:500])] if name == "VQ-VAE" else []
         found = self.trained(
             name, vae, (self.train, self.valid), self.epochs[0], objective=objective(), hooks=[*uses, Line()]
         )
