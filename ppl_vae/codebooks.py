@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - as everyone calls it
 from torch import Tensor, nn
 
 from ppl_vae.conditionals import at_least_one
+from ppl_vae.ranks import first_rank, over_ranks
 
 __all__ = [
     "Codebook",
@@ -94,6 +95,8 @@ class Codebook(Quantiser):
 
     A code that no feature of the last ``revive`` batches was nearest to is put onto a random feature of the batch.
     Before training none has been used, so that the first batch places them all; or see `start_from`.
+
+    Where `torch.distributed` is at work, statistics are those of all ranks, and so all have the same codes.
 
     Like every running statistic, this happens whenever a guide runs in training mode. An estimator that runs it
     twice on a batch, as `ppl_vae.doubly` does, finds other codes the second time: train by `ppl_vae.pathwise`.
@@ -221,7 +224,7 @@ class Codebook(Quantiser):
             self.vectors.add_((self.sums - counts * self.vectors) / (counts + SMOOTHING))
         if self.revive is not None:
             rows = features.reshape(-1, self.width)
-            drawn = rows[torch.randint(len(rows), (self.codes,), device=rows.device)]
+            drawn = first_rank(rows[torch.randint(len(rows), (self.codes,), device=rows.device)])
             dead = self.unused >= self.revive
             self.vectors.copy_(torch.where(dead.unsqueeze(-1), drawn.to(self.vectors), self.vectors))
             self._forget(dead)
@@ -252,7 +255,7 @@ class Codebook(Quantiser):
         bounds = torch.searchsorted(ordered, torch.arange(self.codes + 1, device=ordered.device))
         rows = features.reshape(-1, self.width)[order].double()
         sums = torch.segment_reduce(rows, "sum", offsets=bounds, axis=0, unsafe=True, initial=0.0)
-        return bounds.diff(), sums
+        return over_ranks(bounds.diff()), over_ranks(sums)
 
     def extra_repr(self) -> str:
         """Name the sizes."""

@@ -12,8 +12,8 @@ import ppl_vae
 
 PACKAGE = Path(ppl_vae.__file__).parent
 LAYERS = [
-    "rng files packing products rewrites graphs transforms nets convolutions conditionals priors scalars flows "
-    "triangular likelihoods pixels counts posteriors divergences discrete hamiltonian tails "
+    "rng files packing ranks products rewrites graphs transforms nets convolutions conditionals priors scalars "
+    "flows triangular likelihoods pixels counts posteriors divergences discrete hamiltonian tails "
     "codebooks codes autoregressive",
     "models hierarchies belief sequences semisupervised",
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
