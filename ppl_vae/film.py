@@ -46,6 +46,7 @@ class Film(Hook):
         self.path, self.inputs, self.shape = Path(path), tuple(inputs), tuple(shape)
         self.frames, self.draws = frames, draws
         self.pictures: list[np.ndarray] = []
+        self._packed: list[Tensor] = []  # the first of them, as checkpoints hold them
         self.epochs: set[int] = set()
 
     def on_start(self, run: Run) -> None:
@@ -53,7 +54,7 @@ class Film(Hook):
         require_folder(self.path)
         count = min(self.frames, run.epochs)
         self.epochs = {round(e) for e in np.geomspace(1, run.epochs, count)} | {run.epochs}
-        self.pictures = []
+        self.pictures, self._packed = [], []
         self.take(run, "before training")
 
     def on_epoch(self, run: Run) -> None:
@@ -70,15 +71,15 @@ class Film(Hook):
 
     def state(self) -> dict[str, Any]:
         """The pictures so far, packed: most of each is background."""
-        packed = [bytearray(zlib.compress(picture.tobytes(), 1)) for picture in self.pictures]
-        return {
-            "shapes": [list(picture.shape) for picture in self.pictures],
-            "pictures": [torch.frombuffer(p, dtype=torch.uint8) for p in packed],
-        }
+        for picture in self.pictures[len(self._packed) :]:  # each once, not again with every checkpoint
+            pixels = bytearray(zlib.compress(picture.tobytes(), 1))
+            self._packed.append(torch.frombuffer(pixels, dtype=torch.uint8))
+        return {"shapes": [list(picture.shape) for picture in self.pictures], "pictures": [*self._packed]}
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
         """Go on from the pictures so far."""
-        unpacked = (zlib.decompress(packed.numpy().tobytes()) for packed in state["pictures"])
+        self._packed = [*state["pictures"]]
+        unpacked = (zlib.decompress(packed.numpy().tobytes()) for packed in self._packed)
         self.pictures = [
             np.frombuffer(pixels, np.uint8).reshape(shape)
             for pixels, shape in zip(unpacked, state["shapes"], strict=True)

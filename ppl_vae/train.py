@@ -133,13 +133,12 @@ def fit(
         source = prepare(pair, train, batch_size, device)
         held_out = None if valid is None else prepare(pair, valid, batch_size, device)
         pair.to(device)  # parameters that the first run created
+        update = partial(Update, clip_norm=clip_norm, precision=precision)
         updates = [
-            Update(
-                part.name, pair, part.objective, _made(part.optimizer or optimizer, found), clip_norm, precision
-            )
+            update(part.name, pair, part.objective, _made(part.optimizer or optimizer, found))
             for part, found in _parts(goal, pair, source, batch_size)
         ]
-        schedules = [] if scheduler is None else [scheduler(update.optimizer) for update in updates]
+        schedules = [] if scheduler is None else [scheduler(made.optimizer) for made in updates]
         if scheduler_every == "step" and any(isinstance(s, ReduceLROnPlateau) for s in schedules):
             raise ValueError("scheduler_every: ReduceLROnPlateau watches a whole epoch; use 'epoch'")
         run = Run(pair, goal, epochs, updates, schedules, engine, validated=held_out is not None)
