@@ -188,7 +188,7 @@ class Path:
         batch: a batch, to find the latents with.
         start: f_0: the "prior" p(z), or the "guide" q(z | x).
         engine: how to run.
-        precision: of matrix products within a trajectory, as `Annealing` has it.
+        precision: of the matrix products behind slopes, as `Annealing` has it.
         uses: how many moves are expected.
 
     Raises:
@@ -241,7 +241,8 @@ class Path:
             first, ratio = self._densities(latents, len(state), batch)
             first = first + volume
             check_whole(ratio, batch)
-            slopes = [_slope(value, state) for value in (first, ratio)]
+            with products_in(self.precision):
+                slopes = [_slope(value, state) for value in (first, ratio)]
         return *slopes, first.detach(), ratio.detach()
 
     def _densities(self, latents: Mapping[str, Tensor], particles: int, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -279,15 +280,15 @@ class Path:
         return state, momentum, first_slope, ratio_slope, first, ratio
 
     def _pass(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """A leapfrog step within a trajectory, where any force will do that is one; no density is asked for."""
+        """A leapfrog step within a trajectory, where only slopes are asked for, and rounded ones will do."""
         with products_in(self.precision):
             return self._leap(*tensors)[:4]
 
     def move(self, here: Place, beta: Tensor, step: Tensor, leapfrog: int, batch: Batch) -> tuple[Place, Tensor]:
         """One Hamiltonian move that leaves f_β as it is: leapfrog steps, accepted or not (Neal 2011, eq. 3.6).
 
-        Whatever the force within a trajectory, it runs backwards and keeps volume, as long as the force is a
-        function of the place. So it may be rounded there; at both ends, energies and slopes are whole.
+        Whatever the force, a trajectory runs backwards and keeps volume, as long as the force is a function of the
+        place. So slopes may be rounded; energies, which decide what is accepted, are whole.
 
         Args:
             here: where the particles are.

@@ -37,9 +37,9 @@ class Annealing:
             adds about the same spread of log weights, as found by the pilot.
         step_size: of the pilot's first move.
         acceptance: what step sizes are tuned to.
-        precision: "float32", or "bf16" for matrix products in bfloat16 in all but the last step of a move: up to
-            1.7 times as fast where the processor has them. The weights are as unbiased: what is accepted is
-            decided by whole energies.
+        precision: "float32", or "bf16" for slopes by matrix products in bfloat16: up to 1.9 times as fast where
+            the processor has them. The weights are as unbiased: energies, which decide what is accepted and what
+            a particle weighs, stay whole.
         chunk: chains of a batch held at once.
 
     Raises:
