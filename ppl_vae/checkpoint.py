@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save
 
 from ppl_vae.files import PathLike, require_folder, write_whole
 from ppl_vae.hooks import Hook
-from ppl_vae.loop import Run
 from ppl_vae.pairs import Pair, Program, as_pair
+from ppl_vae.running import Run
 
 __all__ = ["Save", "load_weights", "save_weights"]
 

@@ -18,8 +18,8 @@ from ppl_vae.codes import QuantisedPoint, check_usage, perplexity, usage
 from ppl_vae.estimates import Average, Estimate, average
 from ppl_vae.evaluate import elbo, judging, presented
 from ppl_vae.hooks import Hook
-from ppl_vae.loop import Run
 from ppl_vae.pairs import Pair, Program
+from ppl_vae.running import Run
 from ppl_vae.sites import base, statements
 from ppl_vae.traces import by_datum, run_guide
 

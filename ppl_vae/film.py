@@ -14,10 +14,10 @@ from torch import Tensor
 from ppl_vae.evaluate import reconstruct, sample
 from ppl_vae.files import PathLike, require_folder
 from ppl_vae.hooks import Hook
-from ppl_vae.loop import Run
 from ppl_vae.pairs import Pair
 from ppl_vae.plots import film_frame, write_gif
 from ppl_vae.plots.common import number
+from ppl_vae.running import Run
 
 __all__ = ["Film"]
 

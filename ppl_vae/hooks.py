@@ -1,6 +1,6 @@
 """Hooks: what happens around training steps without being part of them.
 
-A hook gets the `ppl_vae.loop.Run`, reads its history and settings, and may ask it to stop.
+A hook gets the `ppl_vae.running.Run`, reads its history and settings, and may ask it to stop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ppl_vae.pairs import Pair, Program, as_pair
 
 if TYPE_CHECKING:
-    from ppl_vae.loop import Run
+    from ppl_vae.running import Run
 
 __all__ = ["Anneal", "EarlyStop", "Hook", "LogCSV", "LogTensorBoard", "Progress", "WholeProgram"]
 __all__ += ["cyclical", "linear"]

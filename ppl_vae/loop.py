@@ -6,82 +6,25 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ppl_vae.batches import Data
-from ppl_vae.capture import Captured, Engine
+from ppl_vae.capture import Captured
 from ppl_vae.hooks import Hook
-from ppl_vae.objectives import Objective
 from ppl_vae.pairs import Batch, Pair
 from ppl_vae.resuming import Checkpoints, RunState
 from ppl_vae.rng import seeded
+from ppl_vae.running import NonFiniteError, Pending, Run, numbers, snapshot
 from ppl_vae.steps import Feed, Stepper
 from ppl_vae.traces import log_terms
 from ppl_vae.updates import Update
 
-__all__ = ["Loop", "NonFiniteError", "Run", "diagnose", "snapshot"]
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or a parameter became NaN or infinite; the pair holds good parameters again.
-
-    Attributes:
-        run: what there is, history included.
-    """
-
-    def __init__(self, message: str, run: Run) -> None:
-        super().__init__(message)
-        self.run = run
-
-
-@dataclass
-class Run:
-    """A training run: what hooks see while it goes on, and what ``fit`` returns.
-
-    Attributes:
-        pair: the trained pair; the program given to ``fit`` shares its parameters.
-        objective: what was maximised.
-        epochs: how many were asked for.
-        history: one row per epoch: epoch, step, train and valid (mean objective, nats per datum; valid as it was
-            given to ``fit``, whatever is annealed), valid_stderr (over data), lr, seconds, per_second (data).
-        updates: the optimizer steps that one batch makes, in order; the first one's value is reported.
-        schedules: the learning-rate schedulers, one for each of the updates, or none.
-        engine: how steps and validation run; ``run.engine.describe()`` tells what became of it.
-        epoch: epochs done.
-        step: steps done.
-        best_epoch: the epoch whose weights the pair holds, by the validation objective; None without one.
-        reason: why the run ended.
-    """
-
-    pair: Pair
-    objective: Objective
-    epochs: int
-    updates: list[Update] = field(default_factory=list)
-    schedules: list[LRScheduler] = field(default_factory=list)
-    engine: Engine = field(default_factory=lambda: Engine("off"))
-    validated: bool = False
-    history: list[dict[str, float]] = field(default_factory=list)
-    epoch: int = 0
-    step: int = 0
-    best_epoch: int | None = None
-    reason: str = ""
-    interrupted: bool = False
-    stopping: bool = False
-
-    @property
-    def best(self) -> float:
-        """The best validation objective so far, nats per datum; -inf before there is one."""
-        return max((r["valid"] for r in self.history if not math.isnan(r["valid"])), default=-math.inf)
-
-    def stop(self, reason: str) -> None:
-        """Ask the run to end after this epoch."""
-        self.stopping, self.reason = True, reason
+__all__ = ["Loop", "diagnose"]
 
 
 class Loop:
@@ -308,31 +251,6 @@ class Loop:
         return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-class Pending:
-    """Objective values still on the device, and the sizes of their batches."""
-
-    def __init__(self) -> None:
-        self.values: list[Tensor] = []
-        self.sizes: list[int] = []
-        self.since = time.perf_counter()
-
-    def add(self, value: Tensor, size: int) -> None:
-        self.values.append(value)
-        self.sizes.append(size)
-
-    def take(self) -> tuple[list[float], list[int], float]:
-        values, sizes = torch.stack(self.values).tolist(), self.sizes
-        seconds = time.perf_counter() - self.since
-        self.__init__()  # type: ignore[misc]
-        return values, sizes, seconds
-
-
-def numbers(objective: nn.Module) -> dict[str, Tensor]:
-    """A copy of an objective's own numbers, such as beta, which hooks anneal; of nets in it, nothing."""
-    own = [(f"{path}." if path else "", m) for path, m in objective.named_modules() if not m._parameters]
-    return {prefix + name: b.detach().clone() for prefix, m in own for name, b in m.named_buffers(recurse=False)}
-
-
 def _data(feed: Feed) -> Any:
     """What tells data in memory from others: shapes, and the sums of columns; of a stream, nothing."""
     if not isinstance(feed.source, Data):
@@ -353,11 +271,6 @@ def _made_of(module: nn.Module) -> Any:
 def _groups(update: Update) -> str:
     """The settings of an optimizer's groups, and how many parameters each has."""
     return str([{**group, "params": len(group["params"])} for group in update.optimizer.param_groups])
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters and buffers."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 @torch.no_grad()

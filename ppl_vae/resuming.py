@@ -28,7 +28,7 @@ from ppl_vae.packing import DamagedError, pack, unpack
 
 if TYPE_CHECKING:
     from ppl_vae.hooks import Hook
-    from ppl_vae.loop import Run
+    from ppl_vae.running import Run
 
 __all__ = ["Checkpoints", "Resume", "RunState"]
 

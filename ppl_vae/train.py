@@ -14,12 +14,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ppl_vae.batches import Source, prepare
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.hooks import Hook, Progress
-from ppl_vae.loop import Loop, NonFiniteError, Run
+from ppl_vae.loop import Loop
 from ppl_vae.objectives import ELBO, Objective, Part, as_objective
 from ppl_vae.pairs import Pair, Program, as_pair
 from ppl_vae.products import Precision
 from ppl_vae.resuming import Checkpoints
 from ppl_vae.rng import seeded
+from ppl_vae.running import NonFiniteError, Run
 from ppl_vae.semiamortised import SemiAmortised
 from ppl_vae.steps import Feed
 from ppl_vae.updates import Update, trained_by

@@ -18,9 +18,9 @@ LAYERS = [
     "models hierarchies belief sequences semisupervised",
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
     "enumeration moving proposals semiamortised quantising draws",
-    "streams batches holding capture updates steps hooks resuming loop train estimates streaming densities "
-    "evaluate disentangling paths schedules annealing generators weighing refining amortisation overfitting "
-    "calibration criticism coding sparing decomposition",
+    "streams batches holding capture updates steps running hooks resuming faults loop train estimates streaming "
+    "densities evaluate disentangling paths schedules annealing generators weighing refining amortisation "
+    "overfitting calibration criticism coding sparing decomposition",
     "data plots arviz_export film checkpoint settings plan axes config records folders figures runs verdicts "
     "flags cli",
 ]
@@ -81,7 +81,7 @@ import ppl_vae.nets
 from ppl_vae import rng
 from ppl_vae.plots.common import number
 if TYPE_CHECKING:
-    from ppl_vae.loop import Run
+    from ppl_vae.running import Run
 else:
     from ppl_vae.files import write_whole
 def late():
