@@ -11,6 +11,7 @@ before it compiles, numbers are the same up to rounding.
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ KIND = "checkpoint"
 KEPT = ("epoch", "step", "history", "best_epoch", "stopping", "reason")  # of a run
 NAME = re.compile(r"epoch-(\d+)\.safetensors")
 CUT_OFF = ".epoch-*.part"  # what a kill leaves of a file
+COPIES = 4  # of the parameters in a checkpoint: as they are, the best ones, and two moments of Adam
 
 
 class Checkpoints:
@@ -71,15 +73,27 @@ class Checkpoints:
         """Write a checkpoint, then remove the oldest; whatever goes wrong, the one before stays.
 
         Raises:
-            ValueError: it cannot be written.
+            ValueError: it cannot be written, or it is the first, and the disk has no room for those that follow.
         """
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise ValueError(f"checkpoints: cannot make {self.folder} ({error.strerror})") from error
-        pack(self.folder / f"epoch-{epoch:06d}.safetensors", KIND, state)
+        path = pack(self.folder / f"epoch-{epoch:06d}.safetensors", KIND, state)
+        if epoch == 0:
+            self._check_room(COPIES * path.stat().st_size)
         for path in (*self.found()[: -self.keep], *self.folder.glob(CUT_OFF)):
             path.unlink(missing_ok=True)
+
+    def _check_room(self, size: int) -> None:
+        """Raise ValueError, and leave nothing, unless there is room for as many as are kept and one more."""
+        needed, left = (self.keep + 1) * size, shutil.disk_usage(self.folder).free
+        if left < needed:
+            self.clear()
+            raise ValueError(
+                f"checkpoints: the disk of {self.folder} has {left / 1e6:.1f} MB left, and this run needs "
+                f"about {needed / 1e6:.1f} MB to keep the last {self.keep}; free some, or take another folder"
+            )
 
     def clear(self) -> None:
         """Remove all checkpoints."""
