@@ -9,6 +9,7 @@ import csv
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,8 @@ class Progress(Hook):
         self.bar.set_postfix_str(f"train {value:.2f} nats, {rate:,.0f}/s" + self._valid(run))
 
     def on_epoch(self, run: Run) -> None:
-        """Advance by one epoch."""
-        self.bar.update(1)
+        """Show how many epochs are done; several more than before where a run was resumed."""
+        self.bar.update(run.epoch - self.bar.n)
 
     def on_end(self, run: Run) -> None:
         """Close the bar."""
@@ -217,7 +218,7 @@ class LogCSV(Hook):
 
 
 class LogTensorBoard(Hook):
-    """Write the history to TensorBoard event files.
+    """Write the history to TensorBoard event files; what was lost or undone of a run is purged there.
 
     Raises:
         ValueError: TensorBoard is not installed.
@@ -228,17 +229,25 @@ class LogTensorBoard(Hook):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("LogTensorBoard: install the extra, pip install 'ppl-vae[tensorboard]'") from error
-        self.writer: Any = SummaryWriter(str(folder))
+        self.open = partial(SummaryWriter, str(folder))
+        self.writer: Any = None
+        self.rows = 0  # written so far
 
     def on_epoch(self, run: Run) -> None:
         """Write the epoch's row."""
-        for name, value in run.history[-1].items():
+        row = run.history[-1]
+        self.rows += 1
+        if self.writer is None or self.rows != run.epoch:  # rows from here on, if any, are of what is no more
+            self.on_end(run)
+            self.writer, self.rows = self.open(purge_step=int(row["step"])), run.epoch
+        for name, value in row.items():
             if name not in ("epoch", "step") and not math.isnan(value):
-                self.writer.add_scalar(name, value, run.history[-1]["step"])
+                self.writer.add_scalar(name, value, row["step"])
 
     def on_end(self, run: Run) -> None:
         """Flush and close the files."""
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class WholeProgram(Hook):

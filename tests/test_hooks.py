@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from kills import EPOCH, EPOCHS, cut, go
 from small import fit, pixels, same, vae, weights
 
 import ppl_vae as pv
@@ -249,8 +250,8 @@ def test_tensorboard_gets_the_numbers_of_each_epoch(valid, monkeypatch, tmp_path
     calls = []
 
     class Writer:
-        def __init__(self, folder):
-            calls.append(("open", folder))
+        def __init__(self, folder, purge_step):
+            calls.append(("open", folder, purge_step))
 
         def add_scalar(self, name, value, step):
             calls.append((name, value, step))
@@ -264,7 +265,7 @@ def test_tensorboard_gets_the_numbers_of_each_epoch(valid, monkeypatch, tmp_path
     run = fit(vae(), X, valid, epochs=2, hooks=[pv.LogTensorBoard(tmp_path)])
     names = ["train", *(["valid", "valid_stderr"] if valid is not None else []), "lr", "seconds", "per_second"]
     rows = [(name, row[name], row["step"]) for row in run.history for name in names]
-    assert calls == [("open", str(tmp_path)), *rows, ("close",)]
+    assert calls == [("open", str(tmp_path), run.history[0]["step"]), *rows, ("close",)]
 
 
 def test_tensorboard_itself_takes_them(tmp_path):
@@ -279,7 +280,25 @@ def test_tensorboard_itself_takes_them(tmp_path):
     assert [value for _, value in logged] == pytest.approx([row["train"] for row in run.history])
 
 
+@pytest.mark.parametrize("lost", [2, 4])
+def test_what_a_resumed_run_lost_is_purged_from_tensorboard(lost, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cut("validated", tmp_path / "kept", at=3 * EPOCH + 1, every=lost, hooks=[pv.LogTensorBoard(tmp_path)])
+    run = go("validated", tmp_path / "kept", "last", hooks=[pv.LogTensorBoard(tmp_path)])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train")] == [row["step"] for row in run.history]
+
+
 # ---- the bar
+
+
+def test_the_bar_of_a_resumed_run_counts_the_epochs_that_were_done(tmp_path, capfd):
+    cut("validated", tmp_path, at=3 * EPOCH + 1)
+    go("validated", tmp_path, "last", hooks=[pv.Progress(disable=False)])
+    assert f"{EPOCHS}/{EPOCHS}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("valid", [None, HELD_OUT])
