@@ -67,6 +67,7 @@ from ppl_vae.evaluate import (
     reconstruct,
     sample,
 )
+from ppl_vae.faults import Faults, SavedFault, load_fault
 from ppl_vae.film import Film
 from ppl_vae.flows import Flow, Flowed, planar, radial
 from ppl_vae.generators import FittedScale, Generator, fit_scale
@@ -102,6 +103,7 @@ from ppl_vae.priors import (
 )
 from ppl_vae.proposals import widened
 from ppl_vae.quantising import Commitment
+from ppl_vae.ranks import RankError, alone, process_group
 from ppl_vae.refining import (
     Local,
     LocalFamily,
@@ -112,6 +114,7 @@ from ppl_vae.refining import (
     refine,
 )
 from ppl_vae.resuming import Checkpoints
+from ppl_vae.running import Fault
 from ppl_vae.runs import RunFolder, load_run, train_run
 from ppl_vae.scalars import AffineMap, ScalarMap, SplineMap
 from ppl_vae.schedules import Annealing
@@ -228,6 +231,7 @@ __all__ = [
     "Transform",
     # train
     "Adversary",
+    "alone",
     "Alternating",
     "Anneal",
     "Bound",
@@ -242,6 +246,8 @@ __all__ = [
     "ELBO",
     "enumerated",
     "Estimator",
+    "Fault",
+    "Faults",
     "Film",
     "fit",
     "FreeBits",
@@ -251,6 +257,7 @@ __all__ = [
     "IWAE",
     "leave_one_out",
     "linear",
+    "load_fault",
     "LogCSV",
     "LogTensorBoard",
     "Mixed",
@@ -262,11 +269,14 @@ __all__ = [
     "pathwise",
     "Penalty",
     "PIWAE",
+    "process_group",
     "Progress",
     "PyroObjective",
+    "RankError",
     "Renyi",
     "Run",
     "RWS",
+    "SavedFault",
     "Score",
     "score",
     "SemiAmortised",

@@ -24,12 +24,13 @@ from torch import Tensor
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.estimates import Estimate, Sandwich, share_warning, whole
-from ppl_vae.evaluate import check_density, judging, presented, template
+from ppl_vae.evaluate import check_density, judging, template
 from ppl_vae.layout import position
 from ppl_vae.pairs import Batch, Pair, Program, paired
 from ppl_vae.paths import Path
 from ppl_vae.rng import derived, seeded
 from ppl_vae.schedules import Annealing, Plan, pilot
+from ppl_vae.sharding import in_batches, presented
 from ppl_vae.sites import statements
 from ppl_vae.sparing import sparing
 from ppl_vae.streaming import log_mean
@@ -58,53 +59,50 @@ def _walk(
     return weight, accepted / max(1, len(betas) - 2)
 
 
-class _Weights:
-    """Log weights of all batches in one direction, and what became of the moves."""
+def _weights(
+    path: Path, settings: Annealing, plan: Plan, batch: Batch, exact: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log weights, (B, chains), and the share of moves accepted, (B,), float64, on the CPU.
 
-    def __init__(self, settings: Annealing, direction: Literal["lower", "upper"]) -> None:
-        self.settings, self.direction = settings, direction
-        self.weights: list[Tensor] = []
-        self.accepted: list[Tensor] = []
+    Forwards from f_0, or backwards from one draw of each posterior, (1, B, D).
+    """
+    betas, steps = plan.betas.tolist(), plan.steps
+    if exact is not None:
+        betas, steps = betas[::-1], steps.flip(0)
+    weights, accepted = [], []
+    chunk = max(1, settings.chunk // path.coordinates.combinations)  # of which each has rows of its own
+    for first in range(0, settings.chains, chunk):
+        chains = min(chunk, settings.chains - first)
+        state = path.draw(batch, chains) if exact is None else exact.expand(chains, -1, -1)
+        weight, rate = _walk(path, state, betas, steps, settings.leapfrog, batch)
+        weights.append(weight)
+        accepted.append(rate * chains / settings.chains)
+    return torch.cat(weights).T.cpu(), torch.stack(accepted).sum(0).double().cpu()
 
-    def add(self, path: Path, plan: Plan, batch: Batch, exact: Tensor | None = None) -> None:
-        """Anneal a batch: forwards from f_0, or backwards from one draw of each posterior, (1, B, D)."""
-        settings, betas, steps = self.settings, plan.betas.tolist(), plan.steps
-        if self.direction == "upper":
-            betas, steps = betas[::-1], steps.flip(0)
-        weights, accepted = [], []
-        chunk = max(1, settings.chunk // path.coordinates.combinations)  # of which each has rows of its own
-        for first in range(0, settings.chains, chunk):
-            chains = min(chunk, settings.chains - first)
-            state = path.draw(batch, chains) if exact is None else exact.expand(chains, -1, -1)
-            weight, rate = _walk(path, state, betas, steps, settings.leapfrog, batch)
-            weights.append(weight)
-            accepted.append(rate * chains / settings.chains)
-        self.weights.append(torch.cat(weights).T.cpu())
-        self.accepted.append(torch.stack(accepted).sum(0).double().cpu())
 
-    def estimate(self, engine: Engine) -> Estimate:
-        """Log of the mean weight; upwards minus that, since weights estimate 1 / p(x) then."""
-        weights, settings = torch.cat(self.weights), self.settings
-        value, stderr, ess = log_mean(weights.logsumexp(1), (2 * weights).logsumexp(1), settings.chains)
-        name = f"AIS, {settings.chains} x {settings.distributions}"
-        if self.direction == "upper":
-            # All chains of a datum begin at the same draw: what another draw would change, they do not tell.
-            value, stderr, name = -value, torch.full_like(stderr, math.nan), f"reverse {name}"
-        accepted = torch.cat(self.accepted)
-        found = {"ess": ess, "acceptance": accepted, "log_weights": weights}
-        doubts = share_warning(
-            accepted < LEAST,
-            f"fewer than {LEAST:.0%} of the moves were accepted",
-            "the pilot did not find step sizes: take more distributions, which lengthens it",
-        )
-        if settings.chains == 1:
-            doubts += ("of one chain no error is known: take more chains",)
-        doubts += share_warning(
-            (ess < 2) & (settings.chains > 3),
-            "one chain has most of the weight",
-            "value and error are those of one draw: take more distributions",
-        )
-        return Estimate(value, stderr, self.direction, found, name, engine.describe(), doubts)
+def _estimate(
+    weights: Tensor, accepted: Tensor, settings: Annealing, direction: Literal["lower", "upper"], engine: Engine
+) -> Estimate:
+    """Log of the mean weight; upwards minus that, since weights estimate 1 / p(x) then."""
+    value, stderr, ess = log_mean(weights.logsumexp(1), (2 * weights).logsumexp(1), settings.chains)
+    name = f"AIS, {settings.chains} x {settings.distributions}"
+    if direction == "upper":
+        # All chains of a datum begin at the same draw: what another draw would change, they do not tell.
+        value, stderr, name = -value, torch.full_like(stderr, math.nan), f"reverse {name}"
+    found = {"ess": ess, "acceptance": accepted, "log_weights": weights}
+    doubts = share_warning(
+        accepted < LEAST,
+        f"fewer than {LEAST:.0%} of the moves were accepted",
+        "the pilot did not find step sizes: take more distributions, which lengthens it",
+    )
+    if settings.chains == 1:
+        doubts += ("of one chain no error is known: take more chains",)
+    doubts += share_warning(
+        (ess < 2) & (settings.chains > 3),
+        "one chain has most of the weight",
+        "value and error are those of one draw: take more distributions",
+    )
+    return Estimate(value, stderr, direction, found, name, engine.describe(), doubts)
 
 
 @sparing
@@ -138,14 +136,17 @@ def annealed(
             own.
         IncompleteError: data or weights that are NaN or infinite; it has the estimate of the other data.
     """
-    engine, weights = Engine(compile), _Weights(settings, "lower")
+    engine, paths = Engine(compile), list[Path]()
     with judging(paired(program), seed, CHAINS) as pair:
-        path: Path | None = None
-        for _, batch in presented(pair, data, batch_size, seed):
+
+        def judge(_: int, batch: Batch) -> dict[int, Tensor]:
             _check_trained(program, pair)
-            path = path or _path(pair, batch, settings, engine)
-            weights.add(path, pilot(path, settings, batch), batch)
-    return whole(found := weights.estimate(engine), found)
+            if not paths:
+                paths.append(_path(pair, batch, settings, engine))
+            return dict(enumerate(_weights(paths[0], settings, pilot(paths[0], settings, batch), batch)))
+
+        weights, accepted = presented(pair, data, batch_size, seed).collect(judge, engine).values()
+    return whole(found := _estimate(weights, accepted, settings, "lower", engine), found)
 
 
 def _check_trained(program: Any, pair: Pair) -> None:
@@ -226,15 +227,17 @@ def sandwich(
 
 def _enclosed(path: Path, batch: Batch, exact: Tensor, settings: Annealing, size: int, seed: int) -> Sandwich:
     """Anneal simulated data both ways, by the same step sizes."""
-    up, down = _Weights(settings, "lower"), _Weights(settings, "upper")
+
+    def judge(_: int, columns: Batch) -> dict[int, Tensor]:
+        *part, start = columns
+        plan = pilot(path, settings, tuple(part))
+        up = _weights(path, settings, plan, tuple(part))
+        return dict(enumerate((*up, *_weights(path, settings, plan, tuple(part), start.unsqueeze(0)))))
+
     with seeded(derived(seed, CHAINS), path.pair.device):
-        for rows in torch.split(torch.arange(len(batch[0]), device=batch[0].device), size):
-            part = tuple(column[rows] for column in batch)
-            plan = pilot(path, settings, part)
-            up.add(path, plan, part)
-            down.add(path, plan, part, exact[:, rows])
-    lower, upper = up.estimate(path.engine), down.estimate(path.engine)
-    return Sandwich(lower, upper, settings)
+        found = in_batches(path.pair, (*batch, exact[0]), size).collect(judge, path.engine)
+    lower = _estimate(found[0], found[1], settings, "lower", path.engine)
+    return Sandwich(lower, _estimate(found[2], found[3], settings, "upper", path.engine), settings)
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ppl_vae.batches import Data, as_data
-from ppl_vae.evaluate import check_density, presented
+from ppl_vae.evaluate import check_density
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.predictive import predict
 from ppl_vae.rng import derived, seeded
+from ppl_vae.sharding import presented
 from ppl_vae.sites import Site, data_first
 from ppl_vae.tails import FEWEST, pareto
 from ppl_vae.traces import LogTerms, by_datum, log_terms, run_pair

@@ -11,10 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 from ppl_vae.layout import Layout, check_rows, check_supports, inspect
 from ppl_vae.pairs import Batch, Pair
+from ppl_vae.ranks import own_count, own_rows
 from ppl_vae.rng import seeded
 from ppl_vae.streams import Stream, as_pixels, as_tensor, delivered, epoch_seed, placed
 
@@ -107,18 +116,31 @@ class Data:
     def rows(self, size: int, seed: int, epoch: int) -> Iterator[Tensor]:
         """The row indices of each batch of an epoch, int64 (size,) or fewer, on the columns' device.
 
-        All rows shuffled: the order depends on the seed and the epoch's number alone, not on the device.
+        All rows shuffled: the order depends on the seed and the epoch's number alone, not on the device. Each of
+        several processes gets its part of each batch; where that is empty, a row of another, to keep in step.
         """
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(self), generator=generator)
-        return iter(torch.split(placed(order, self.columns[0].device), size))
+        for rows in torch.split(placed(order, self.columns[0].device), size):
+            yield rows[own_rows(len(rows)) if own_count(len(rows)) else slice(1)]
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All rows in their own order in batches of ``size``; the last may be shorter."""
         return self._batches(slice(start, start + size) for start in range(0, len(self), size))
 
+    def own_slices(self, size: int) -> Iterator[slice]:
+        """Which rows of each of the `batches` are this process's; where there are none, nothing."""
+        for start in range(0, len(self), size):
+            own = own_rows(min(size, len(self) - start))
+            if own.start < own.stop:
+                yield slice(start + own.start, start + own.stop)
+
+    def own_batches(self, size: int) -> Iterator[Batch]:
+        """This process's part of each of the `batches`."""
+        return self._batches(self.own_slices(size))
+
     def epoch(self, size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """All rows shuffled, in the order of `rows`."""
+        """All rows shuffled, in the order of `rows`; of several processes, each gets its part."""
         return self._batches(self.rows(size, seed, epoch))
 
     def _batches(self, parts: Iterator[slice | Tensor] | Iterator[Tensor]) -> Iterator[Batch]:
@@ -161,14 +183,33 @@ def as_data(data: Any, batch_size: int = 128) -> Source:
     if isinstance(data, Dataset):
         if isinstance(data, IterableDataset):
             return Stream(DataLoader(data, batch_size=batch_size))
-        loader = DataLoader(data, batch_size=batch_size, shuffle=True, generator=torch.Generator())
-        return Stream(DataLoader(data, batch_size=batch_size), shuffled=loader)
+        order = torch.Generator()
+        shuffled = _Parts(RandomSampler(data, generator=order), batch_size)  # type: ignore[arg-type]
+        return Stream(
+            DataLoader(data, batch_size=batch_size),
+            shuffled=DataLoader(data, batch_sampler=shuffled, generator=order),
+            own=DataLoader(data, batch_sampler=_Parts(SequentialSampler(data), batch_size)),  # type: ignore[arg-type]
+        )
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return Stream(data)
     raise ValueError(
         "data: expected a tensor, an array, a tuple of them, a torch Dataset or an iterable of batches, "
         f"got {type(data).__name__}"
     )
+
+
+class _Parts(Sampler[list[int]]):
+    """This process's part of each batch of the rows that a sampler gives; where that is empty, nothing."""
+
+    def __init__(self, rows: Sampler[int], size: int) -> None:
+        self.batches, self.size = BatchSampler(rows, size, drop_last=False), size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return filter(None, (batch[own_rows(len(batch))] for batch in self.batches))
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.batches.sampler), self.size)  # type: ignore[arg-type]
+        return full * bool(own_count(self.size)) + bool(own_count(rest))
 
 
 def prepare(pair: Pair, data: Any, batch_size: int = 128, device: torch.device | str | None = None) -> Source:

@@ -23,6 +23,7 @@ from ppl_vae.annealing import simulated
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.evaluate import judging, template
 from ppl_vae.pairs import Batch, Pair, Program
+from ppl_vae.sharding import in_batches
 from ppl_vae.sites import Site, masked, statements
 from ppl_vae.traces import by_datum, check_table, check_whole, run_guide
 
@@ -236,12 +237,13 @@ def sbc(
         if pair.layout is not None and not pair.layout.latents:
             raise ValueError("program: nothing is latent, so there is nothing to rank")
         batch, latents = simulated(pair, shapes)
-        parts = []
-        for first in range(0, size, batch_size):
-            rows = slice(first, first + batch_size)
-            true = {name: z[0, rows] for name, z in latents.items()}
-            parts.append(_ranks(pair, tuple(column[rows] for column in batch), true, draws, chunk))
-    return Calibration({name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}, draws, level)
+
+        def judge(_: int, columns: Batch) -> dict[str, Tensor]:
+            true = dict(zip(latents, columns[len(batch) :], strict=True))
+            return _ranks(pair, columns[: len(batch)], true, draws, chunk)
+
+        columns = (*batch, *(z[0] for z in latents.values()))
+        return Calibration(in_batches(pair, columns, batch_size).collect(judge), draws, level)
 
 
 def _ranks(pair: Pair, batch: Batch, true: dict[str, Tensor], draws: int, chunk: int) -> dict[str, Tensor]:

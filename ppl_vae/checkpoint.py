@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from ppl_vae.files import PathLike, require_folder, write_whole
 from ppl_vae.hooks import Hook
+from ppl_vae.packing import Entry, read_tensors
 from ppl_vae.pairs import Pair, Program, as_pair
 from ppl_vae.running import Run
 
-__all__ = ["Save", "load_weights", "save_weights"]
+__all__ = ["Save", "check_weights", "load_weights", "save_weights"]
 
 
 def save_weights(program: Program | Pair, path: PathLike) -> Path:
@@ -38,23 +39,33 @@ def load_weights(program: Program | Pair, path: PathLike) -> None:
     pair, path = as_pair(program), Path(path)
     if not path.is_file():
         raise ValueError(f"path: no weights at {path}")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {path} is damaged, or no safetensors file ({error})") from error
-    own = {name: value.shape for name, value in pair.state_dict().items()}
-    # Bare pyro.param statements that have not run yet take their values when they do.
-    later = {name for name in state if name.startswith("params.")} if pair.layout is None else set()
-    for name in sorted(own.keys() | state.keys() - later):
-        if name not in own or name not in state or own[name] != state[name].shape:
-            found = f"shape {tuple(state[name].shape)}" if name in state else "nothing"
-            wanted = f"shape {tuple(own[name])}" if name in own else "nothing"
-            raise ValueError(
-                f"path: {path} holds another program's weights: {name} has {found}, expected {wanted}"
-            )
+    state = read_tensors(path, lambda _, entries: check_weights(pair, path, entries))[1]
     pair.expected.clear()
     pair.expect(state)
     pair.load_state_dict(state)
+
+
+def check_weights(program: Program | Pair, path: PathLike, entries: Mapping[str, Entry]) -> None:
+    """Raise ValueError, naming the first, unless the tensors of a file are those of a pair, by name and shape.
+
+    Args:
+        program: the pair; it may be one without numbers, on the device "meta".
+        path: the file.
+        entries: what it says of its tensors.
+    """
+    pair = as_pair(program)
+    own = pair.state_dict()
+    # Bare pyro.param statements that have not run yet take their values when they do.
+    later = {name for name in entries if name.startswith("params.")} if pair.layout is None else set()
+    for name in sorted(own.keys() | entries.keys() - later):
+        found = f"shape {entries[name].shape}" if name in entries else "nothing"
+        wanted = f"shape {tuple(own[name].shape)}" if name in own else "nothing"
+        if found == wanted and entries[name].dtype.is_floating_point != own[name].dtype.is_floating_point:
+            found, wanted = str(entries[name].dtype), str(own[name].dtype)
+        if found != wanted:
+            raise ValueError(
+                f"path: {path} holds another program's weights: {name} has {found}, expected {wanted}"
+            )
 
 
 class Save(Hook):

@@ -1,7 +1,8 @@
 """The command line: ``ppl-vae train | evaluate | sample | plot | info``.
 
 Mistakes of the user end in one line on stderr and exit code 2, an interrupted run in 130, one that was asked to
-terminate in 143, numbers gone wrong or too little memory in 1.
+terminate in 143, numbers gone wrong, too little memory or a lost process in 1. Processes that torchrun starts
+train and evaluate together; anything else the first of them does alone, and it alone writes and prints.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -29,11 +30,23 @@ from ppl_vae.evaluate import ActiveUnits, active_units, reconstruct, sample
 from ppl_vae.figures import draw_figures
 from ppl_vae.files import write_whole
 from ppl_vae.flags import parser
-from ppl_vae.folders import METRICS, RECORD, RESULTS, RunFolder, load_run, settings_of, write_json
+from ppl_vae.folders import (
+    FAULTS,
+    METRICS,
+    RECORD,
+    RESULTS,
+    RunFolder,
+    load_run,
+    refuse_links,
+    settings_of,
+    write_json,
+)
 from ppl_vae.plots import label_rows, samples, save
+from ppl_vae.ranks import RankError, alone, from_first, own_rank, process_group
 from ppl_vae.records import installed
 from ppl_vae.runs import second_stage, train_run
 from ppl_vae.schedules import Annealing
+from ppl_vae.settings import escaped
 from ppl_vae.train import NonFiniteError, as_device, default_device
 from ppl_vae.verdicts import Asked, judge
 
@@ -46,14 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     try:
         args = parser(installed("ppl-vae"), COMMANDS).parse_args(argv)
-        code: int = args.run(args)
+        with process_group(getattr(args, "device", None)):
+            code = _run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - until the process ends
         return 1
     except (ValueError, OSError) as error:
         return _fail("error", error, 2)
-    except (NonFiniteError, torch.OutOfMemoryError) as error:
+    except (NonFiniteError, RankError, torch.OutOfMemoryError) as error:
         return _fail("failed", error, 1)
     except RuntimeError as error:  # torch's on a CPU has no class of its own
         if "allocate" not in str(error):
@@ -65,8 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def train(args: argparse.Namespace) -> int:
-    """Train a model and write a run folder: settings, weights, metrics, figures."""
+def _run(args: argparse.Namespace) -> int:
+    """Run a command, in all processes or in the first."""
+    command: Callable[[argparse.Namespace], int] = args.run
+    if command in (train, evaluate):
+        return command(args)
+    if own_rank():
+        return 0
+    with alone():
+        return command(args)
+
+
+def _asked(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The settings of a run, and its folder."""
     flags = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
     values = (settings_in(args.config) if args.config else {}) | flags
     if args.resume != "off" and args.force:
@@ -81,14 +106,26 @@ def train(args: argparse.Namespace) -> int:
         values = second_stage(values)
     config = Config(**values)
     name = f"{Path(config.data).stem}-{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = args.out or Path("runs", name)
+    return config.to_dict(), str(args.out or Path("runs", name))
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a model and write a run folder: settings, weights, metrics, figures."""
+    settings, folder_name = from_first(lambda: _asked(args))
+    config, out = Config.from_mapping(settings, "settings"), Path(folder_name)
+    replaced = {name for name in ("data", "limit") if getattr(args, name) is not None}
     try:
         with _terminated() as signals:
             how: dict[str, Any] = {"force": args.force, "progress": not args.quiet, "resume": args.resume}
-            run, folder = train_run(config, out, **how, like=None if {"data", "limit"} & {*flags} else args.like)
+            run, folder = train_run(config, out, **how, like=None if replaced else args.like)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error} They are saved in {out}.", error.run) from error
+    code = (143 if signals else 130) if run.interrupted else 0
+    if own_rank():
+        return code
     print(f"{run.reason}: {run.epoch} epochs, {run.step} steps, {sum(r['seconds'] for r in run.history):.1f} s")
+    if run.trouble:
+        print(f"numbers that were not finite: {run.trouble}; see {folder.path / FAULTS}")
     if run.history:
         of = "" if config.codes is None else ", of its codes"
         kept = run.history[(run.best_epoch or run.epoch) - 1]
@@ -99,7 +136,7 @@ def train(args: argparse.Namespace) -> int:
     print(f"run folder {folder.path}: weights, {METRICS}, figures; judge it with: ppl-vae evaluate {folder.path}")
     if run.interrupted:
         print(f"go on with: ppl-vae train --out {folder.path} --resume last")
-    return (143 if signals else 130) if run.interrupted else 0
+    return code
 
 
 @contextmanager
@@ -125,6 +162,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Bound log p(x) on held-out data, with standard errors, and say whether to believe it."""
     device = as_device(args.device)
     run = load_run(args.folder)
+    refuse_links(run.path)
     images = run.images(args.data, args.data_dir)
     split = getattr(images, args.split)[: args.limit]
     data = presented(run.config, split, run.shape)
@@ -138,6 +176,8 @@ def evaluate(args: argparse.Namespace) -> int:
     found = _found(run, data, split, args.seed)
     verdict = judge(run, data, args.method, asked)
     seconds = time.perf_counter() - start
+    if own_rank():  # all have found the same, and the first tells
+        return 0
     what = GIVEN.get(run.config.given, "log p(x)").format(labels=run.config.labels)
     print(f"{run.path}: {what} of {len(data)} {args.split} data of {images.name}, {seconds:.1f} s")
     if verdict.rows:
@@ -189,6 +229,8 @@ def draw(args: argparse.Namespace) -> int:
     run = load_run(args.folder)
     if args.label is not None and "label" not in run.config.given:
         raise ValueError("label: this run's model is not conditioned on one")
+    if args.out is None:
+        refuse_links(run.path)
     out = args.out or run.path / "figures" / "drawn.png"
     if out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"out must end in .png, .pdf or .svg, got {out}")
@@ -251,17 +293,19 @@ def info(args: argparse.Namespace) -> int:
     for name, value in run.config.to_dict().items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
         print(f"  {name:<16}{shown}{'  (default)' if value == default[name] else ''}")
-    print(f"  {'steps':<16}{run.engine}" if run.engine else "  steps           not recorded")
+    print(f"  {'steps':<16}{escaped(run.engine)}" if run.engine else "  steps           not recorded")
+    if run.faults:
+        print(escaped(f"  {'not finite':<16}{len(run.faults)} times, first {run.faults[0]}"))
     for name, value in run.made.items():
         for part in value if isinstance(value, list) else [value]:
             text = ", ".join(f"{n} {v}" for n, v in part.items()) if isinstance(part, dict) else part
-            print(f"  {name:<16}{text}")
+            print(escaped(f"  {name:<16}{text}"))
     print(run.program)
     return 0
 
 
 def _fail(kind: str, error: BaseException, code: int) -> int:
-    print(f"ppl-vae: {kind}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"ppl-vae: {kind}: {escaped(' '.join(str(error).split()))}", file=sys.stderr)
     return code
 
 

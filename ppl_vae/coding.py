@@ -16,10 +16,11 @@ from ppl_vae.capture import Compile
 from ppl_vae.codebooks import Quantiser
 from ppl_vae.codes import QuantisedPoint, check_usage, perplexity, usage
 from ppl_vae.estimates import Average, Estimate, average
-from ppl_vae.evaluate import elbo, judging, presented
+from ppl_vae.evaluate import elbo, judging
 from ppl_vae.hooks import Hook
-from ppl_vae.pairs import Pair, Program
+from ppl_vae.pairs import Batch, Pair, Program
 from ppl_vae.running import Run
+from ppl_vae.sharding import presented
 from ppl_vae.sites import base, statements
 from ppl_vae.traces import by_datum, run_guide
 
@@ -52,10 +53,11 @@ def code_indices(program: Program | Pair, data: Any, *, batch_size: int = 100, s
 @torch.no_grad()
 def _quantised(program: Program | Pair, data: Any, size: int, seed: int) -> dict[str, tuple[Tensor, Quantiser]]:
     """Quantised latent site -> the indices of all data, (N, *grid, books), and the codebook."""
-    columns: dict[str, list[Tensor]] = {}
     books: dict[str, Quantiser] = {}
     with judging(program, seed, "codes") as pair:
-        for _, batch in presented(pair, data, size, seed):
+
+        def codes(_: int, batch: Batch) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
             for name, site in statements(run_guide(pair, batch, 1)).items():
                 point = base(site["fn"])
                 if not isinstance(point, QuantisedPoint):
@@ -63,10 +65,13 @@ def _quantised(program: Program | Pair, data: Any, size: int, seed: int) -> dict
                 books[name] = point.codebook
                 # With a dimension of codebooks they have as many as the latent itself.
                 indices = point.indices if point.codebook.books is not None else point.indices.unsqueeze(-1)
-                columns.setdefault(name, []).append(by_datum(site, indices)[0].cpu())
+                found[name] = by_datum(site, indices)[0]
+            return found
+
+        columns = presented(pair, data, size, seed).collect(codes)
     if not columns:
         raise ValueError("program: no latent of its guide is quantised; draw one from `Quantised`")
-    return {name: (torch.cat(parts), books[name]) for name, parts in columns.items()}
+    return {name: (indices, books[name]) for name, indices in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ class WatchCodes(Hook):
     >>> import ppl_vae as pv
     >>> hooks = [WatchCodes(torch.rand(200, 784)), pv.LogCSV("metrics.csv")]
     """
+
+    everywhere = True
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -214,6 +221,6 @@ def code_length(
     bound = elbo(program, data, batch_size=batch_size, seed=seed, compile=compile)
     codes, pixels = (average(bound.diagnostics[name] / BIT) for name in ("rate", "distortion"))
     with judging(program, seed) as pair:
-        first = next(presented(pair, data, batch_size, seed))[1][0]
+        first = next(iter(presented(pair, data, batch_size, seed)))[1][0]
         latents = pair.layout.latents if pair.layout is not None else ()
     return CodeLength(bound, codes, pixels, use, first[0].numel(), {*latents} == use.keys())

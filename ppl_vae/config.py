@@ -5,7 +5,6 @@ Adding a variant to the command line is one row in one of the tables of `ppl_vae
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +19,8 @@ from ppl_vae.axes import AXES, check_objective, check_parts
 from ppl_vae.batches import Data
 from ppl_vae.capture import Compile
 from ppl_vae.data import Images, Split, cifar10, digits, fashion_mnist, from_path, mnist, subset
-from ppl_vae.files import PathLike
+from ppl_vae.faults import Policy
+from ppl_vae.files import PathLike, expanded, parse_json, read_text
 from ppl_vae.objectives import Objective
 from ppl_vae.plan import ACTIVATIONS, SCALES, Plan
 from ppl_vae.products import Precision
@@ -34,10 +34,13 @@ __all__ = ["Config", "build", "images_of", "objective_of", "presented", "setting
 
 DATA: dict[str, Callable[[PathLike | None], Images]] = {
     "digits": lambda root: digits(),
-    "mnist": mnist,
-    "fashion-mnist": fashion_mnist,
-    "cifar10": cifar10,
+    # Fetched into the cache alone: a config of somebody else must not say where files are written.
+    "mnist": lambda root: mnist(root, download=root is None),
+    "fashion-mnist": lambda root: fashion_mnist(root, download=root is None),
+    "cifar10": lambda root: cifar10(root, download=root is None),
 }
+MOST_TEXT = 64 * 2**10  # bytes of a file of settings
+MOST_LINE = 4096  # characters in a line of TOML, the reader of which takes time in proportion to their product
 BINARISE: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
     "threshold": threshold(),
@@ -56,6 +59,7 @@ SCHEDULES: dict[str, Callable[..., Any] | None] = {
 KLS: dict[str, KL] = {"sampled": "sampled", "analytic": "analytic", "auto": "auto"}
 COMPILE: dict[str, Compile] = {"auto": "auto", "require": "require", "off": "off"}
 PRECISIONS: dict[str, Precision] = {"float32": "float32", "bf16": "bf16"}
+POLICIES: dict[str, Policy] = {"stop": "stop", "skip": "skip", "back": "back"}
 NETS = ("mlp", "conv")
 NORMS = ("none", "batch", "layer")
 CONDITIONINGS = ("concat", "film")
@@ -90,7 +94,7 @@ class Config:
     )
 
     model: str = _model("vae", "the program; a cvae is conditioned on the label", choices=AXES["model"])
-    levels: int = _model(2, "of a program with several, each half as wide as the one below", least=1)
+    levels: int = _model(2, "of a program with several, each half as wide as the one below", least=1, most=1000)
     path: bool = _model(False, "a deterministic path beside the levels, shared by the ladder's guide")
     labelled: int | None = _model(
         None, "training data whose labels a semi-supervised program sees; by default all", least=1
@@ -111,7 +115,7 @@ class Config:
         known=SCALES,
     )
     components: int = _model(10, "of mixtures: priors, posteriors, likelihoods, pseudo-inputs", least=1)
-    depth: int = _model(4, "layers of a flow or of a prior over codes, leapfrog steps", least=1)
+    depth: int = _model(4, "layers of a flow or of a prior over codes, leapfrog steps", least=1, most=10_000)
     rank: int = _model(2, "of a low-rank covariance", least=1)
     temperature: float = _model(2 / 3, "of relaxed posteriors and labels", above=0)
     codebook: int = _model(128, "codes of a vqvae", least=1)
@@ -176,6 +180,12 @@ class Config:
         "auto", "capture and compile the step: where it pays, always, or never", choices=COMPILE
     )
     precision: str = _training("float32", "of matrix products while training", choices=PRECISIONS)
+    nonfinite: str = _training(
+        "stop",
+        "what to do when numbers become NaN or infinite: stop, skip the batch, or go back to the start of the "
+        "epoch with half the learning rate; ten times at most",
+        choices=POLICIES,
+    )
     film: bool = _training(True, "make a film of the training")
 
     def __post_init__(self) -> None:
@@ -247,8 +257,8 @@ def settings_in(path: PathLike) -> dict[str, Any]:
     path = Path(path)
     kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+        text = read_text(path, MOST_TEXT)
+        values = parse_json(text) if kind == "JSON" else _parse_toml(text)
     except OSError as error:
         raise ValueError(f"config: cannot read {path} ({error.strerror})") from error
     except ValueError as error:
@@ -259,10 +269,19 @@ def settings_in(path: PathLike) -> dict[str, Any]:
     return values
 
 
+def _parse_toml(text: str) -> dict[str, Any]:
+    if any(len(line) > MOST_LINE for line in text.split("\n")):
+        raise ValueError(f"a line is longer than {MOST_LINE} characters")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def images_of(config: Config) -> Images:
     """Load the data that a config names."""
     loader = DATA.get(config.data)
-    if loader is None and not Path(config.data).expanduser().exists():
+    if loader is None and not expanded(config.data).exists():
         raise ValueError(f"data: no such file, and no known name: {config.data!r}{nearest(config.data, DATA)}")
     images = from_path(config.data, counts=config.counts) if loader is None else loader(config.data_dir)
     return images if config.limit is None else subset(images, config.limit)

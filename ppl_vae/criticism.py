@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.estimates import Average, average
-from ppl_vae.evaluate import judging, presented
+from ppl_vae.evaluate import judging
 from ppl_vae.pairs import Batch, Pair, Program
+from ppl_vae.sharding import presented
 from ppl_vae.sites import data_first, statements
 from ppl_vae.traces import by_datum, check_table, check_whole, log_density, run_guide, run_model
 
@@ -141,21 +142,22 @@ def predictive_check(
     at_least_one(draws=draws, chunk=chunk)
     if latents not in ("guide", "prior"):
         raise ValueError(f"latents must be 'guide' or 'prior', got {latents!r}")
-    parts: list[Table] = []
     with judging(program, seed, "replicates") as pair:
-        for _, batch in presented(pair, data, batch_size, seed):
+
+        def judge(_: int, batch: Batch) -> dict[tuple[str, int], Tensor]:
             check_table(pair, batch, 1)
             name, x = _observed(pair, batch, site)
             statistics = _statistics(statistic, x.dim() - 1, latents)
             sizes = (min(chunk, draws - first) for first in range(0, draws, chunk))
             chunks = [_replicated(pair, batch, name, statistics, size, latents) for size in sizes]
-            table = {n: _joined([c[n] for c in chunks], 0) for n in statistics}
+            table = {n: _joined([c[n] for c in chunks]) for n in statistics}
             for n, function in statistics.items():
                 if callable(function):
                     table[n] = _checked(n, function(x), tuple(x.shape), 1)[None], table[n][1]
-            parts.append(table)
-    tables = {n: _joined([part[n] for part in parts], 1) for n in parts[0]}
-    observed, replicated = ({n: t[i].T.cpu() for n, t in tables.items()} for i in (0, 1))
+            return {(n, i): column.T for n, columns in table.items() for i, column in enumerate(columns)}
+
+        found = presented(pair, data, batch_size, seed).collect(judge)
+    observed, replicated = ({n: t for (n, i), t in found.items() if i == of} for of in (0, 1))
     return PredictiveCheck(observed, replicated, latents)
 
 
@@ -236,7 +238,7 @@ def _checked(name: str, value: Any, shape: tuple[int, ...], lead: int) -> Tensor
     return value.double()
 
 
-def _joined(tables: list[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
-    """Pairs of tables (k, B) as one pair, side by side along a dimension."""
+def _joined(tables: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Pairs of tables (k, B) as one pair of all draws."""
     first, second = zip(*tables, strict=True)
-    return torch.cat(first, dim), torch.cat(second, dim)
+    return torch.cat(first), torch.cat(second)

@@ -19,11 +19,12 @@ from torch import Tensor
 from ppl_vae.calibration import refuse_masks
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.estimates import Average, average
-from ppl_vae.evaluate import check_density, elbo, judging, presented
+from ppl_vae.evaluate import check_density, elbo, judging
 from ppl_vae.objectives import ELBO
 from ppl_vae.pairs import Batch, Pair, Program
 from ppl_vae.penalties import entries, features
 from ppl_vae.rng import seeded
+from ppl_vae.sharding import in_batches, presented
 from ppl_vae.sites import statements
 from ppl_vae.traces import (
     by_datum,
@@ -195,28 +196,30 @@ def _drawn(
 
 def _one_prior(pair: Pair, batches: Sequence[Batch], latents: Mapping[str, Tensor]) -> bool:
     """Whether all data have the same p(z), as far as one z tells."""
-    found = [joint_terms(pair, _shared(latents, slice(1), len(batch[0])), *batch)[0][0] for batch in batches]
+    one = {name: z[:1] for name, z in latents.items()}
+    found = [joint_terms(pair, _shared(one, len(batch[0])), *batch)[0][0] for batch in batches]
     values = torch.cat(found)
     return torch.allclose(values, values[:1], rtol=SAME, atol=SAME, equal_nan=True)
 
 
-def _shared(latents: Mapping[str, Tensor], draws: slice, rows: int) -> dict[str, Tensor]:
-    """Some draws, each as a value for so many data: (k, rows, *plates, *event)."""
-    some = {name: z[draws].unsqueeze(1) for name, z in latents.items()}
-    return {name: z.expand(-1, rows, *z.shape[2:]) for name, z in some.items()}
+def _shared(latents: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Draws, (k, *plates, *event), each as a value for so many data: (k, rows, *plates, *event)."""
+    return {name: z.unsqueeze(1).expand(-1, rows, *z.shape[1:]) for name, z in latents.items()}
 
 
 def _aggregate(
     pair: Pair, batches: Sequence[Batch], latents: Mapping[str, Tensor], chunk: int, apart: bool
 ) -> tuple[Tensor, Tensor]:
     """Log q(z) of each draw under the mixture of all posteriors, and Σ_j log q(z_j), (K N,); 0 unless apart."""
-    count, size = len(next(iter(latents.values()))), sum(len(batch[0]) for batch in batches)
-    totals = []
-    for first in range(0, count, chunk):
-        draws = slice(first, min(first + chunk, count))
-        parts = [_summed(pair, batch, _shared(latents, draws, len(batch[0])), apart) for batch in batches]
-        totals.append(torch.stack(parts).logsumexp(0))
-    logs = torch.cat(totals) - math.log(size)
+
+    def scored(_: int, columns: Batch) -> dict[int, Tensor]:
+        some = dict(zip(latents, columns, strict=True))
+        parts = [_summed(pair, batch, _shared(some, len(batch[0])), apart) for batch in batches]
+        return {0: torch.stack(parts).logsumexp(0)}
+
+    found = in_batches(pair, tuple(latents.values()), chunk).collect(scored)[0]
+    size = sum(len(batch[0]) for batch in batches)
+    logs = found.to(pair.device) - math.log(size)
     return logs[:, 0], logs[:, 1:].sum(1)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.batches import Data, Source, prepare
+from ppl_vae.batches import Data, prepare
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.estimates import ActiveUnits, Estimate, share_warning, whole
@@ -22,6 +22,7 @@ from ppl_vae.layout import check_finite
 from ppl_vae.pairs import Batch, Pair, Program, as_pair, evaluating
 from ppl_vae.predictive import guide_draws, guide_means, inspect_shapes, predict
 from ppl_vae.rng import derived, seeded
+from ppl_vae.sharding import prepared, presented
 from ppl_vae.sparing import sparing
 from ppl_vae.streaming import Add, Streamed, add_means, add_weights, expected_rows, log_mean, mean_stderr
 from ppl_vae.traces import KL
@@ -36,7 +37,6 @@ __all__ = [
     "encode",
     "judging",
     "log_likelihood",
-    "presented",
     "reconstruct",
     "sample",
     "template",
@@ -115,8 +115,9 @@ def _summed(
         sizes["rows"] = expected_rows(source, batch_size)
         sizes["batch_size"] = batch_size if isinstance(source, Data) else None
         sums = Streamed(engine, pair, add, start, **sizes)
-        parts = [sums(batch) for _, batch in _presented(pair, source, batch_size, seed)]
-    return [torch.cat(column).cpu() for column in zip(*parts, strict=True)], drawn, engine.describe()
+        batches = prepared(pair, source, batch_size, seed)
+        found = batches.collect(lambda _, batch: dict(enumerate(sums(batch))), engine)
+    return [*found.values()], drawn, engine.describe()
 
 
 def check_density(pair: Pair) -> None:
@@ -126,26 +127,6 @@ def check_density(pair: Pair) -> None:
             f"site {pair.layout.points[0]!r}: the guide draws a point, which has no density, so there is no bound "
             "on log p(x); judge it by `reconstruct`, or give the guide a spread, as `mean_field` does"
         )
-
-
-def presented(pair: Pair, data: Any, batch_size: int, seed: int) -> Iterator[tuple[int, Batch]]:
-    """Data checked, in order, as (number of the first row, batch).
-
-    Each batch is presented under a seed of its own, so that redrawn pixels depend on ``seed`` and
-    ``batch_size`` alone: whatever is drawn between batches, all estimates judge the same pixels.
-    """
-    return _presented(pair, prepare(pair, data, batch_size), batch_size, seed)
-
-
-def _presented(pair: Pair, source: Source, batch_size: int, seed: int) -> Iterator[tuple[int, Batch]]:
-    batches, row, number = source.batches(batch_size), 0, 0
-    while True:
-        with seeded(derived(seed, number), pair.device):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield row, batch
-        row, number = row + len(batch[0]), number + 1
 
 
 @sparing
@@ -220,8 +201,8 @@ def active_units(
     at_least_one(particles=particles)
     with judging(program, seed) as pair:
         batches = presented(pair, data, batch_size, seed)
-        parts = [guide_means(pair, *b, particles=particles) for _, b in batches]
-    means = {name: torch.cat([p[name] for p in parts]).double().cpu() for name in parts[0]}
+        found = batches.collect(lambda _, batch: guide_means(pair, *batch, particles=particles))
+    means = {name: mean.double() for name, mean in found.items()}
     if not means:
         raise ValueError("program: nothing is latent, so there are no units; judge it by `log_likelihood`")
     if len(next(iter(means.values()))) < 2:

@@ -14,7 +14,8 @@ from ppl_vae.axes import AXES
 from ppl_vae.coding import code_indices
 from ppl_vae.data import Images
 from ppl_vae.evaluate import decode, encode, reconstruct, sample
-from ppl_vae.folders import FIGURES, METRICS, RunFolder, shown
+from ppl_vae.files import read_text
+from ppl_vae.folders import FIGURES, METRICS, RunFolder, refuse_links, shown
 from ppl_vae.pairs import Batch
 from ppl_vae.plots import (
     code_maps,
@@ -31,6 +32,7 @@ from ppl_vae.plots import (
 __all__ = ["draw_figures"]
 
 SCATTERED, MOST_ROWS = 1000, 50  # how many data the scatter shows, how many labels
+MOST_HISTORY = 64 * 2**20  # bytes of metrics.csv
 
 
 def draw_figures(run: RunFolder, images: Images) -> list[Path]:
@@ -47,6 +49,7 @@ def draw_figures(run: RunFolder, images: Images) -> list[Path]:
     title = "Bound during training" if run.config.codes is None else "Log p of codes during training"
     figures: dict[str, Figure] = {"curves.png": curves(history, title)} if history else {}
     figures |= _inferred(run, images) | (_generated(run) if run.pictures else {})
+    refuse_links(run.path)
     folder.mkdir(exist_ok=True)
     return [save(figure, folder / name) for name, figure in figures.items()]
 
@@ -111,7 +114,7 @@ def _generated(run: RunFolder) -> dict[str, Figure]:
 def _history(path: Path) -> list[dict[str, float]]:
     """The rows that `LogCSV` wrote."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError) as error:
+        rows = csv.DictReader(read_text(path, MOST_HISTORY).splitlines())
+        return [{name: float(value) for name, value in row.items()} for row in rows]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"run: {path} is missing or damaged ({error})") from error

@@ -1,12 +1,16 @@
-"""Writing files so that nobody ever reads half of one."""
+"""Writing files so that nobody ever reads half of one, and reading those of others within limits."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
-__all__ = ["PathLike", "require_folder", "write_whole"]
+__all__ = ["PathLike", "expanded", "open_regular", "parse_json", "read_text", "require_folder", "write_whole"]
 
 PathLike = str | os.PathLike[str]
 
@@ -20,12 +24,15 @@ def require_folder(path: PathLike) -> None:
 def write_whole(path: PathLike, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a temporary file beside ``path``, then move it there: all or nothing.
 
+    A link at ``path`` is replaced, and not written through.
+
     Raises:
         ValueError: the folder does not exist or cannot be written, or ``path`` is a folder.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        temporary.unlink(missing_ok=True)  # a link that somebody left there would be written through
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # on disk before the name points to it
@@ -36,3 +43,72 @@ def write_whole(path: PathLike, write: Callable[[Path], object]) -> Path:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
     return path
+
+
+def expanded(path: PathLike) -> Path:
+    """A path with ~ as the home it stands for, or as it is where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def open_regular(path: PathLike) -> BinaryIO:
+    """Open a file for reading, unless it is none: a pipe or a device can keep its reader waiting for ever.
+
+    Links are followed.
+
+    Raises:
+        OSError: it is not there, or cannot be read, or is a folder, a pipe, a socket or a device.
+    """
+    _require_regular(Path(path).stat())  # before it is opened: some devices act on that
+    # Without waiting for a writer, should it have become a pipe since.
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    try:
+        _require_regular(os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_text(path: PathLike, most: int) -> str:
+    """The text of a file of at most so many bytes.
+
+    Raises:
+        OSError: as `open_regular`; it is larger.
+        ValueError: it is no UTF-8.
+    """
+    with open_regular(path) as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most // 1024} KiB")
+    return raw.decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON as plain values; a key that stands twice is refused, since readers differ in which one counts.
+
+    Raises:
+        ValueError: it is none, nested too deep, or with such a key.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _require_regular(found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:60]!r} stands twice")
+    return held

@@ -7,6 +7,7 @@ RUN/metrics.csv           one row per epoch
 RUN/results.json          what `ppl-vae evaluate` found
 RUN/figures/              pictures, and the film of the training
 RUN/checkpoints/          what training needs to go on, of the last epochs
+RUN/faults/               batches on which numbers went wrong, and the state of the run then
 RUN/tensorboard/          event files, where TensorBoard is installed
 ```
 """
@@ -27,18 +28,22 @@ from torch import Tensor
 from ppl_vae.checkpoint import load_weights
 from ppl_vae.config import Config, build, images_of, presented
 from ppl_vae.data import Images, Split
-from ppl_vae.files import PathLike, write_whole
+from ppl_vae.files import PathLike, parse_json, read_text, write_whole
+from ppl_vae.limits import Bounded
+from ppl_vae.packing import read_entries
 from ppl_vae.resuming import Checkpoints
 from ppl_vae.rng import seeded
+from ppl_vae.settings import printable
 
-__all__ = ["CHECKPOINTS", "EACH", "EVENTS", "FIGURES", "FILM", "FIRST", "JUDGED", "METRICS", "RECORD", "RESULTS"]
-__all__ += ["TABLE", "WEIGHTS", "RunFolder", "clear", "load_run", "made_of", "open_folder", "record_of"]
-__all__ += ["refuse_if_in_use", "settings_of", "shape_and_classes", "shown", "write_json"]
+__all__ = ["CHECKPOINTS", "EACH", "EVENTS", "FAULTS", "FIGURES", "FILM", "FIRST", "JUDGED", "METRICS", "RECORD"]
+__all__ += ["RESULTS", "TABLE", "WEIGHTS", "RunFolder", "clear", "load_run", "made_of", "open_folder", "record_of"]
+__all__ += ["refuse_if_in_use", "refuse_links", "settings_of", "shape_and_classes", "shown", "write_json"]
 
 FORMAT = 1
+MOST_RECORD = 16 * 2**20  # bytes of run.json
 RECORD, WEIGHTS, METRICS, RESULTS = "run.json", "weights.safetensors", "metrics.csv", "results.json"
 TABLE, EACH = "results.csv", "per_datum.csv"
-FIGURES, EVENTS, FILM, CHECKPOINTS = "figures", "tensorboard", "film.gif", "checkpoints"
+FIGURES, EVENTS, FILM, CHECKPOINTS, FAULTS = "figures", "tensorboard", "film.gif", "checkpoints", "faults"
 FIRST = "first-stage.safetensors"  # in the folder of checkpoints: the program before its prior is learned
 DRAWN = ("curves.png", "reconstructions.png", "latent.png", "labels.png", "samples.png", "plane.png", "codes.png")
 JUDGED = ("bounds.png", "khat.png", "annealing.png", "sandwich.png", "gaps.png", "calibration.png")
@@ -55,6 +60,7 @@ class RunFolder:
     program: Any
     engine: str = ""  # how its steps were run
     made: dict[str, Any] = field(default_factory=dict)  # how it came about, see `ppl_vae.records`
+    faults: tuple[str, ...] = ()  # numbers that went wrong, each in one line
 
     def images(self, data: PathLike | None = None, data_dir: PathLike | None = None) -> Images:
         """The data the run was trained on, loaded again, or others in their place.
@@ -91,7 +97,9 @@ def shown(run: RunFolder, split: Split) -> tuple[Tensor, ...]:
 
 
 def load_run(folder: PathLike) -> RunFolder:
-    """Read a run folder, its program in evaluation mode; nothing in it is executed.
+    """Read a run folder, its program in evaluation mode; nothing in it is executed, and nothing written.
+
+    The program is built of no more numbers than the file of weights has some for, whatever the settings say.
 
     Raises:
         ValueError: no run there, or one that is damaged or of a newer format; the message says which.
@@ -99,12 +107,28 @@ def load_run(folder: PathLike) -> RunFolder:
     path = Path(folder)
     held = _read_record(path)
     config, shape, classes = _known(path, held)
-    program = build(config, shape, len(classes)).eval()  # a codebook in training moves whenever it is run
+    if not (path / WEIGHTS).is_file():
+        raise ValueError(f"run: no weights at {path / WEIGHTS}")
+    try:
+        entries = read_entries(path / WEIGHTS)
+    except ValueError as error:
+        raise ValueError(f"run: {str(error).removeprefix('path: ')}") from error
+    # A number takes four bytes, and is made once, give or take some passing ones.
+    within = Bounded(2**20 + sum(entry.size for entry in entries.values()) // 2, 1000 + 16 * len(entries))
+    try:
+        with within:
+            program = build(config, shape, len(classes))
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"run: {path / RECORD} is of a program without weights in {WEIGHTS}: {why}") from error
+    program.eval()  # a codebook in training moves whenever it is run
     try:
         load_weights(program, path / WEIGHTS)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"run: {str(error).removeprefix('path: ')}") from error
-    return RunFolder(path, config, shape, classes, program, str(held.get("engine", "")), _made(held))
+    faults = held.get("faults")
+    lines = tuple(map(str, faults)) if isinstance(faults, list) else ()
+    return RunFolder(path, config, shape, classes, program, str(held.get("engine", "")), _made(held), lines)
 
 
 def settings_of(folder: PathLike) -> Config:
@@ -138,7 +162,7 @@ def made_of(folder: PathLike) -> dict[str, Any]:
 
 def _made(held: Mapping[str, Any]) -> dict[str, Any]:
     found = held.get("made")
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and isinstance(found.get("resumed", []), list) else {}
 
 
 def _known(path: Path, held: Mapping[str, Any]) -> tuple[Config, tuple[int, ...], tuple[str, ...]]:
@@ -148,8 +172,8 @@ def _known(path: Path, held: Mapping[str, Any]) -> tuple[Config, tuple[int, ...]
         shape, classes = tuple(held["shape"]), tuple(held["classes"])
         if len(shape) not in (1, 2, 3) or not all(type(side) is int and side > 0 for side in shape):
             raise TypeError(f"shape {shape}")
-        if not all(isinstance(name, str) for name in classes):
-            raise TypeError(f"classes {classes}")
+        if not isinstance(held["classes"], list) or not all(isinstance(n, str) and printable(n) for n in classes):
+            raise TypeError("classes that are no text to show")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"run: {path / RECORD} is damaged ({type(error).__name__}: {error})") from error
     return config, shape, classes
@@ -158,7 +182,7 @@ def _known(path: Path, held: Mapping[str, Any]) -> tuple[Config, tuple[int, ...]
 def _read_record(path: Path) -> dict[str, Any]:
     """What run.json holds, if it is of this format."""
     try:
-        held = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        held = parse_json(read_text(path / RECORD, MOST_RECORD))
     except OSError as error:
         raise ValueError(f"run: no run folder at {path} ({error.strerror}: {RECORD})") from error
     except ValueError as error:  # no JSON, or no text
@@ -197,11 +221,13 @@ def record_of(run: RunFolder) -> dict[str, Any]:
         "classes": list(run.classes),
         "engine": run.engine,
         "made": run.made,
+        "faults": list(run.faults),
     }
 
 
 def refuse_if_in_use(path: Path, force: bool) -> None:
     """Raise ValueError for a folder with something else in it or, unless ``force``, with a run."""
+    refuse_links(path)
     try:
         if not path.exists() or not any(path.iterdir()):
             return
@@ -211,6 +237,14 @@ def refuse_if_in_use(path: Path, force: bool) -> None:
         raise ValueError(f"out: {path} is not empty and holds no run; choose another folder")
     if not force:
         raise ValueError(f"out: {path} holds a run already; choose another folder, or --force to replace it")
+
+
+def refuse_links(path: Path) -> None:
+    """Raise ValueError where writing into a run folder would write, or delete, outside it: a link leads there."""
+    inside = path.resolve()
+    for name in (RECORD, WEIGHTS, METRICS, RESULTS, TABLE, EACH, FIGURES, EVENTS, CHECKPOINTS, FAULTS):
+        if (path / name).is_symlink() and not (path / name).resolve().is_relative_to(inside):
+            raise ValueError(f"run: {path / name} is a link that leads out of the folder; remove it first")
 
 
 def open_folder(path: Path) -> Path:
@@ -232,6 +266,8 @@ def clear(path: Path) -> None:
         shutil.rmtree(path / EVENTS)
     Checkpoints(path / CHECKPOINTS).clear()
     (path / CHECKPOINTS / FIRST).unlink(missing_ok=True)
-    for folder in (path / FIGURES, path / CHECKPOINTS, path):
+    for file in (path / FAULTS).glob("step-*.safetensors"):
+        file.unlink()
+    for folder in (path / FIGURES, path / CHECKPOINTS, path / FAULTS, path):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -28,7 +28,15 @@ class Hook:
     """Called at five moments of a run; every method does nothing until overridden.
 
     A hook that remembers anything from one epoch to the next gives it as its state, and so is part of checkpoints.
+
+    Attributes:
+        everywhere: whether every one of several processes calls it, or the first alone, as those that write must
+            be. What acts on training must be called everywhere, alike; asking the run to stop is enough on one.
+            Called on the first alone, it finds itself the only process, so that what it judges it judges without
+            the others, which wait for it, up to ten minutes.
     """
+
+    everywhere: bool = False
 
     def on_start(self, run: Run) -> None:
         """Before the first step."""
@@ -50,7 +58,7 @@ class Hook:
         return None
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
-        """Go on from a state, after ``on_start``, in a run whose history is that of the checkpoint."""
+        """Go on from a state, in a run whose history is that of it: after ``on_start``, or gone back to later."""
 
 
 class Progress(Hook):
@@ -68,7 +76,7 @@ class Progress(Hook):
 
     def on_report(self, run: Run, value: float, rate: float) -> None:
         """Show the current bound."""
-        self.bar.set_postfix_str(f"train {value:.2f} nats, {rate:,.0f}/s" + self._valid(run))
+        self.bar.set_postfix_str(f"train {value:.2f} nats, {rate:,.0f}/s" + self._valid(run) + self._faults(run))
 
     def on_epoch(self, run: Run) -> None:
         """Show how many epochs are done; several more than before where a run was resumed."""
@@ -78,6 +86,10 @@ class Progress(Hook):
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()
+
+    @staticmethod
+    def _faults(run: Run) -> str:
+        return f", {len(run.faults)} times not finite" if run.faults else ""
 
     @staticmethod
     def _valid(run: Run) -> str:
@@ -96,6 +108,8 @@ class EarlyStop(Hook):
     Raises:
         ValueError: patience below one; no validation data given to ``fit``.
     """
+
+    everywhere = True
 
     def __init__(self, patience: int = 10, min_rise: float = 0.0) -> None:
         if patience < 1:
@@ -141,6 +155,8 @@ class Anneal(Hook):
     >>> warm_up = ELBO()
     >>> hook = Anneal(warm_up.beta, linear(0.0, 1.0, steps=1000))
     """
+
+    everywhere = True
 
     def __init__(self, target: Tensor, schedule: Callable[[int], float]) -> None:
         self.target, self.schedule = target, schedule
@@ -205,7 +221,8 @@ class LogCSV(Hook):
         return {}
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
-        """Write the rows of the epochs that are done."""
+        """Write the rows of the epochs that are done, and no others."""
+        self.path.write_text("")
         self._append(run.history)
 
     def _append(self, rows: list[dict[str, float]]) -> None:
@@ -264,7 +281,7 @@ class WholeProgram(Hook):
     """
 
     def __init__(self, program: Program | Pair, hook: Hook) -> None:
-        self.program, self.hook = program, hook
+        self.program, self.hook, self.everywhere = program, hook, hook.everywhere
 
     def on_start(self, run: Run) -> None:
         """Before the first step."""

@@ -23,12 +23,14 @@ from ppl_vae.capture import Captured, Compile, Engine
 from ppl_vae.conditionals import Conditional, at_least_one
 from ppl_vae.draws import balanced, power_of_two
 from ppl_vae.estimates import Average, Estimate, average, kept, share_warning, whole
-from ppl_vae.evaluate import FEW, elbo, judging, presented
+from ppl_vae.evaluate import FEW, elbo, judging
 from ppl_vae.flows import Flowed, planar
 from ppl_vae.pairs import Batch, Pair, Program
 from ppl_vae.paths import Coordinates
 from ppl_vae.posteriors import FullCovariance, mean_field
+from ppl_vae.ranks import count_ranks
 from ppl_vae.rng import derived, seeded
+from ppl_vae.sharding import presented
 from ppl_vae.sites import statements
 from ppl_vae.sparing import sparing
 from ppl_vae.streaming import add_means, add_weights, log_mean, mean_stderr
@@ -198,17 +200,20 @@ def refine(
     # What fails of it is told in the end, with the results of the other data.
     shared: dict[str, Any] = {"batch_size": batch_size, "chunk": chunk, "seed": seed, "compile": compile}
     before = kept(lambda: elbo(program, data, particles, **shared))
-    engine, names = Engine(compile), list[str]()
-    refiner: _Refiner | None = None
-    columns: list[Sequence[Tensor]] = []
+    engine, refiners = Engine(compile), list[_Refiner]()
     with judging(program, seed, "refining") as pair:
-        for row, batch in presented(pair, data, batch_size, seed):
-            refiner = refiner or _Refiner(pair, batch, family, engine, steps, len(before.value) // batch_size)
-            names = [*refiner.coordinates.parts]
+        batches = presented(pair, data, batch_size, seed)
+        expected = len(before.value) // count_ranks() // batch_size
+
+        def refined(row: int, batch: Batch) -> dict[int, Tensor]:
+            if not refiners:
+                size = len(batch[0]) if batches.rows is None else batch_size  # a process may begin with a part
+                refiners.append(_Refiner(pair, batch, family, engine, steps, expected, size))
             judged_by = derived(seed, "judging", row)
-            columns.append(refiner.refined(batch, rate, particles, chunk, judged_by))
-    gain, khat, *sums = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
-    found = _results(gain, khat, sums, names, before, particles, engine)
+            return dict(enumerate(refiners[0].refined(batch, rate, particles, chunk, judged_by)))
+
+        gain, khat, *sums = batches.collect(refined, engine).values()
+    found = _results(gain, khat, sums, [*refiners[0].coordinates.parts], before, particles, engine)
     return whole(found, found.before, found.elbo)
 
 
@@ -228,16 +233,25 @@ class _Refiner:
         family: of the local posteriors.
         engine: how to run.
         steps: of the optimisation.
-        batches: how many of the first one's size there are.
+        batches: how many of the usual size there are.
+        size: the usual size of a batch; by default that of the first.
 
     Raises:
         ValueError: nothing is latent; a latent is discrete; what `Coordinates` refuses.
     """
 
     def __init__(
-        self, pair: Pair, batch: Batch, family: LocalFamily, engine: Engine, steps: int, batches: int = 1
+        self,
+        pair: Pair,
+        batch: Batch,
+        family: LocalFamily,
+        engine: Engine,
+        steps: int,
+        batches: int = 1,
+        size: int | None = None,
     ) -> None:
-        self.pair, self.engine, self.steps, self.batches, self.size = pair, engine, steps, batches, len(batch[0])
+        self.pair, self.engine, self.steps = pair, engine, steps
+        self.batches, self.size = batches, size or len(batch[0])
         with torch.no_grad():
             sites = statements(run_model(pair, batch, 1))
         latents = {name: site for name, site in sites.items() if not site["is_observed"]}

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,18 +29,22 @@ from torch.optim.lr_scheduler import LRScheduler
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.files import PathLike
 from ppl_vae.packing import DamagedError, pack, unpack
+from ppl_vae.ranks import RankError, alone, count_ranks, first_bytes, gathered, own_rank
+from ppl_vae.rng import derived
+from ppl_vae.running import Fault
 
 if TYPE_CHECKING:
     from ppl_vae.hooks import Hook
     from ppl_vae.running import Run
 
-__all__ = ["Checkpoints", "Resume", "RunState"]
+__all__ = ["Checkpoints", "Resume", "RunState", "load_random", "random_streams"]
 
 Resume = Literal["off", "last", "auto"]
 
 KIND = "checkpoint"
 KEPT = ("epoch", "step", "history", "best_epoch", "stopping", "reason")  # of a run
 NAME = re.compile(r"epoch-(\d+)\.safetensors")
+FUSED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}  # kernels do not ask their sizes
 CUT_OFF = ".epoch-*.part"  # what a kill leaves of a file
 COPIES = 4  # of the parameters in a checkpoint: as they are, the best ones, and two moments of Adam
 
@@ -72,9 +79,13 @@ class Checkpoints:
     def write(self, epoch: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, then remove the oldest; whatever goes wrong, the one before stays.
 
+        Of several processes the first alone writes.
+
         Raises:
             ValueError: it cannot be written, or it is the first, and the disk has no room for those that follow.
         """
+        if own_rank():
+            return
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -147,18 +158,38 @@ class RunState:
     def find(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
         """The state to go on from, None to start; nothing is changed.
 
+        Of several processes the first reads it, and the others need no access to the folder.
+
         Raises:
             ValueError: what `Checkpoints.read` refuses; a checkpoint of another run.
+            RankError: so in the first process, and this is another.
         """
+        if count_ranks() == 1:
+            return self._read(checkpoints)
+        found: list[dict[str, Any] | None] = []
+
+        def sent() -> bytes:
+            with alone():
+                found.append(self._read(checkpoints))
+            return b"" if found[0] is None else _packed(found[0])
+
+        received = first_bytes(sent)
+        return found[0] if found else (_unpacked(received) if received else None)
+
+    def _read(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
+        """The state that is kept, if it is of this run."""
         held, run = checkpoints.read(), self.run
         if held is not None:
             if not isinstance(held, dict) or held.keys() != self.take(None).keys():
                 raise DamagedError(f"resume: the newest checkpoint in {checkpoints.folder} is no state of a run")
-            _check_state("settings", held["settings"], self.settings)
-            _check_state("parameters", _shapes(held["pair"]), _shapes(run.pair.state_dict()))
-            _check_state("objective", _shapes(held["objective"]), _shapes(run.objective.state_dict()))
-            _check_state("hooks", [*held["hooks"]], [*self._hooked()])
-            _check_state("details", held["details"], self.details)
+            with _state_of_a_run():
+                _check_state("settings", held["settings"], self.settings)
+                _check_state("parameters", _shapes(held["pair"]), _shapes(run.pair.state_dict()))
+                _check_state("objective", _shapes(held["objective"]), _shapes(run.objective.state_dict()))
+                _check_state("hooks", [*held["hooks"]], [*self._hooked()])
+                _check_state("details", held["details"], self.details)
+                _check_state("optimizers", len(held["optimizers"]), len(run.updates))
+                _check_state("schedules", len(held["schedules"]), len(run.schedules))
         return held
 
     def take(self, best: dict[str, Tensor] | None) -> dict[str, Any]:
@@ -172,13 +203,22 @@ class RunState:
             "objective": dict(run.objective.state_dict()),
             "optimizers": [update.optimizer.state_dict() for update in run.updates],
             "schedules": [schedule.state_dict() for schedule in run.schedules],
-            "random": _random_streams(run.pair.device),
+            "random": _all_streams(run.pair.device),
             "run": {name: getattr(run, name) for name in KEPT},
+            "faults": [asdict(fault) for fault in run.faults],
             "hooks": {name: hook.state() for name, hook in self._hooked().items()},
         }
 
     def put(self, held: dict[str, Any]) -> dict[str, Tensor] | None:
-        """Put the run into a state; return the best parameters."""
+        """Put the run into a state; return the best parameters.
+
+        Raises:
+            DamagedError: it is of another kind than `take` gives, as only a crafted file is.
+        """
+        with _state_of_a_run():
+            return self._put(held)
+
+    def _put(self, held: dict[str, Any]) -> dict[str, Tensor] | None:
         run, device = self.run, self.run.pair.device
         run.pair.load_state_dict(held["pair"])
         run.objective.load_state_dict(held["objective"])
@@ -187,17 +227,58 @@ class RunState:
         for schedule, state in zip(run.schedules, held["schedules"], strict=True):
             _load_schedule(schedule, state)
         for name in KEPT:
-            setattr(run, name, held["run"][name])
+            own, value = getattr(run, name), held["run"][name]
+            if None not in (own, value) and type(value) is not type(own):
+                raise TypeError(f"{name} is a {type(value).__name__}")
+            setattr(run, name, value)
+        run.faults[:] = [Fault(**fault) for fault in held["faults"]]
         for name, hook in self._hooked().items():
             hook.restore(run, held["hooks"][name])
-        _load_random(held["random"], device)  # last: hooks may have drawn
+        self._go_on_drawing(held["random"])  # last: hooks may have drawn
         best: dict[str, Tensor] | None = held["best"]
         return best and {name: value.to(device) for name, value in best.items()}
 
+    def _go_on_drawing(self, states: dict[str, Tensor]) -> None:
+        """Put generators where they were, with as many processes; else begin new streams, with a warning."""
+        device, rank, ranks = self.run.pair.device, own_rank(), count_ranks()
+        before = len(states["cpu"]) if states["cpu"].dim() > 1 else 1
+        if before == ranks:
+            own = states if ranks == 1 else {name: each[rank].clone() for name, each in states.items()}
+            load_random(own, device)  # of a view, torch reads past its end
+            return
+        if rank == 0:
+            warnings.warn(
+                f"resume: the run had {before} processes and goes on with {ranks}: what is drawn from here on is "
+                "not what would have been",
+                UserWarning,
+                stacklevel=2,
+            )
+        seed = derived(self.settings["seed"], "rank", rank, "of", ranks, "from epoch", self.run.epoch)
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+
     def _hooked(self) -> dict[str, Hook]:
         """The hooks that have a state, by kind and place."""
-        named = {f"{i} {type(hook).__name__}": hook for i, hook in enumerate(self.hooks)}
+        named = {
+            f"{i} {type(hook).__name__}": hook
+            for i, hook in enumerate(self.hooks)
+            if hook.everywhere or own_rank() == 0
+        }
         return {name: hook for name, hook in named.items() if hook.state() is not None}
+
+
+@contextmanager
+def _state_of_a_run() -> Iterator[None]:
+    """Tell what goes wrong with the parts of a state as damage: whole ones fit each other."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RankError):
+        raise
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DamagedError(f"resume: the checkpoint is not of such a run ({why})") from error
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -214,7 +295,28 @@ def _check_state(what: str, held: Any, own: Any) -> None:
     raise ValueError(f"resume: the checkpoint is of another run, by its {what}: {held} there, {own} here")
 
 
-def _random_streams(device: torch.device) -> dict[str, Tensor]:
+def _packed(state: dict[str, Any]) -> bytes:
+    """A state as the bytes of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return pack(Path(folder, "state"), KIND, state).read_bytes()
+
+
+def _unpacked(data: bytes) -> dict[str, Any]:
+    """The state that `_packed` was given."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "state")
+        path.write_bytes(data)
+        state: dict[str, Any] = unpack(path, KIND)
+    return state
+
+
+def _all_streams(device: torch.device) -> dict[str, Tensor]:
+    """`random_streams`; of several processes each one's, stacked."""
+    own = random_streams(device)
+    return own if count_ranks() == 1 else {name: gathered(state[None]) for name, state in own.items()}
+
+
+def random_streams(device: torch.device) -> dict[str, Tensor]:
     """The state of torch's default generators, of the CPU and of the GPU in use."""
     found = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -222,8 +324,8 @@ def _random_streams(device: torch.device) -> dict[str, Tensor]:
     return found
 
 
-def _load_random(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put generators where `_random_streams` found them."""
+def load_random(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put generators where `random_streams` found them."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
@@ -234,6 +336,8 @@ def _load_schedule(schedule: LRScheduler, state: dict[str, Any]) -> None:
     counters = {name for name, value in vars(schedule).items() if isinstance(value, Counter)}
     nested = getattr(schedule, "_schedulers", [])
     states = state.get("_schedulers", [])
+    if state.keys() != schedule.state_dict().keys():  # it would replace whatever attributes it names
+        raise KeyError(f"a {type(schedule).__name__} with {', '.join(map(str, state))[:200]}")
     schedule.load_state_dict({**state, "_schedulers": [{} for _ in nested]} if nested else state)
     for name in counters:
         setattr(schedule, name, Counter(getattr(schedule, name)))
@@ -246,9 +350,14 @@ def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
     Raises:
         ValueError: it is of other groups or parameters.
+        TypeError: its averages are of other shapes than the parameters.
     """
     groups = optimizer.param_groups
     optimizer.load_state_dict(state)
+    for parameter, held in optimizer.state.items():
+        for name in held.keys() & FUSED:
+            if held[name] is not None and held[name].shape != parameter.shape:
+                raise TypeError(f"{name} of shape {tuple(held[name].shape)} for {tuple(parameter.shape)}")
     for group, loaded in zip(groups, optimizer.param_groups, strict=True):
         group.update({name: value for name, value in loaded.items() if name != "params"})
     optimizer.param_groups = groups

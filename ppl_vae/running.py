@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from ppl_vae.objectives import Objective
 from ppl_vae.pairs import Pair
 from ppl_vae.updates import Update
 
-__all__ = ["NonFiniteError", "Pending", "Run", "numbers", "snapshot"]
+__all__ = ["Fault", "NonFiniteError", "Pending", "Run", "numbers", "snapshot"]
 
 
 class NonFiniteError(FloatingPointError):
@@ -28,6 +29,46 @@ class NonFiniteError(FloatingPointError):
     def __init__(self, message: str, run: Run) -> None:
         super().__init__(message)
         self.run = run
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Numbers that went wrong: when, where, and what was done.
+
+    Attributes:
+        epoch: of the run, from 1.
+        step: of the run, from 1: the one whose numbers are not finite.
+        what: which numbers.
+        cause: what is likely behind it, in words.
+        site: where densities first go wrong; None where they do not, or nothing tells.
+        datum: whose they are, the number of its row in the data, from 0; of a stream, in its batch; None where it
+            is not one of them.
+        batch: the number of the batch in its epoch, from 0, of a stream; None of data in memory.
+        action: "stopped", "skipped" or "went back".
+        file: where batch and state are, for `ppl_vae.load_fault`; None where they were not saved.
+    """
+
+    epoch: int
+    step: int
+    what: str
+    cause: str
+    site: str | None
+    datum: int | None
+    batch: int | None
+    action: str
+    file: str | None = None
+
+    def __str__(self) -> str:
+        saved = "" if self.file is None else f", saved in {self.file}"
+        return f"epoch {self.epoch}, {self.what}: {self.cause}; {self.action}{saved}"
+
+    @property
+    def where(self) -> str:
+        """Site, datum and batch, as far as they are known."""
+        known = [] if self.site is None else [f"site {self.site!r}"]
+        known += [] if self.datum is None else [f"datum {self.datum}"]
+        known += [] if self.batch is None else [f"batch {self.batch}"]
+        return ", ".join(known)
 
 
 @dataclass
@@ -47,6 +88,7 @@ class Run:
         step: steps done.
         best_epoch: the epoch whose weights the pair holds, by the validation objective; None without one.
         reason: why the run ended.
+        faults: numbers that went wrong, in order.
     """
 
     pair: Pair
@@ -61,6 +103,7 @@ class Run:
     step: int = 0
     best_epoch: int | None = None
     reason: str = ""
+    faults: list[Fault] = field(default_factory=list)
     interrupted: bool = False
     stopping: bool = False
 
@@ -68,6 +111,19 @@ class Run:
     def best(self) -> float:
         """The best validation objective so far, nats per datum; -inf before there is one."""
         return max((r["valid"] for r in self.history if not math.isnan(r["valid"])), default=-math.inf)
+
+    @property
+    def trouble(self) -> str:
+        """How often numbers went wrong, and where first, in one line; empty where they did not."""
+        if not self.faults:
+            return ""
+        counts = Counter(fault.action for fault in self.faults)
+        skipped, back = counts["skipped"], counts["went back"]
+        told = [f"{skipped} {'batch' if skipped == 1 else 'batches'} skipped"] if skipped else []
+        told += [f"gone back {'once' if back == 1 else f'{back} times'}"] if back else []
+        told += ["stopped"] if counts["stopped"] else []
+        first = self.faults[0]
+        return f"{', '.join(told)}, first at step {first.step}: {first.where or first.cause}"
 
     def stop(self, reason: str) -> None:
         """Ask the run to end after this epoch."""

@@ -18,6 +18,7 @@ from ppl_vae.coding import WatchCodes, code_indices
 from ppl_vae.config import (
     COMPILE,
     OPTIMIZERS,
+    POLICIES,
     PRECISIONS,
     SCHEDULES,
     Config,
@@ -27,12 +28,14 @@ from ppl_vae.config import (
     presented,
 )
 from ppl_vae.data import Images
+from ppl_vae.faults import Faults
 from ppl_vae.figures import draw_figures
 from ppl_vae.files import PathLike
 from ppl_vae.film import Film
 from ppl_vae.folders import (
     CHECKPOINTS,
     EVENTS,
+    FAULTS,
     FIGURES,
     FILM,
     FIRST,
@@ -46,6 +49,7 @@ from ppl_vae.folders import (
     open_folder,
     record_of,
     refuse_if_in_use,
+    refuse_links,
     settings_of,
     shape_and_classes,
     shown,
@@ -55,10 +59,11 @@ from ppl_vae.hooks import Anneal, EarlyStop, Hook, LogCSV, LogTensorBoard, Whole
 from ppl_vae.models import Density
 from ppl_vae.objectives import ELBO, Objective
 from ppl_vae.pairs import as_pair
+from ppl_vae.ranks import alone, count_ranks, from_first, own_rank
 from ppl_vae.records import circumstances
 from ppl_vae.resuming import Checkpoints, Resume
 from ppl_vae.rng import seeded
-from ppl_vae.train import Run, as_device, fit
+from ppl_vae.train import NonFiniteError, Run, as_device, fit
 
 __all__ = ["RunFolder", "load_run", "second_stage", "train_run"]
 
@@ -112,6 +117,9 @@ def train_run(
     With ``codes``, a prior over the codes of another run, which makes a whole program of that run's codebook and
     nets, taken as they are; the folder needs that run no more.
 
+    Of several processes the first alone writes, and the others need no access to the folder, but to that of the
+    codes.
+
     Everything that can fail for the user's reasons (data, settings, device, an unwritable folder) fails before
     training, and before the folder is made or an earlier run in it is touched.
 
@@ -134,11 +142,7 @@ def train_run(
         NonFiniteError: the objective became NaN or infinite; the folder holds the last good weights.
     """
     path = Path(folder)
-    going_on = resume == "last" or (resume == "auto" and (path / RECORD).exists())
-    if going_on:
-        _check_same(config, path)
-    else:
-        refuse_if_in_use(path, force)
+    going_on = from_first(lambda: _goes_on(config, path, force, resume))
     device = as_device(config.device)
     if config.codes is not None and Path(config.codes).resolve() == path.resolve():
         raise ValueError(f"out: {path} is the run whose codes are taken; choose another folder")
@@ -149,27 +153,64 @@ def train_run(
     for split in (images.train, images.valid, images.test):
         columns = presented(config, split, images.shape, training=split is images.train)
         prepare(as_pair(record.program), columns)
-    record = replace(record, made=_made(images, device, path if going_on else None, like))
-    if not going_on:
+    made = from_first(lambda: _made(images, device, path if going_on else None, like))
+    record = replace(record, made=made)
+    writes = own_rank() == 0
+    if writes and not going_on:
         open_folder(path)
     try:
-        write_json(path / RECORD, record_of(record))
-        (path / FIGURES).mkdir(exist_ok=True)
-        if config.codes is not None and not going_on:
-            (path / CHECKPOINTS).mkdir(exist_ok=True)
-            save_weights(record.program, path / CHECKPOINTS / FIRST)
-        run = _fit(record, images, task, device, progress, resume if going_on else "off")
-        record = replace(record, engine=run.engine.describe())
-        write_json(path / RECORD, record_of(record))
+        if writes:
+            _write_start(record, going_on)
+        try:
+            run = _fit(record, images, task, device, progress, resume if going_on else "off")
+        except NonFiniteError as error:
+            if writes:
+                write_json(path / RECORD, record_of(_told(record, error.run)))
+            raise
+        record = _told(record, run)
+        if writes:
+            write_json(path / RECORD, record_of(record))
     finally:
-        if not going_on and not (path / WEIGHTS).exists():  # stopped before there was anything to keep
+        if writes and not going_on and not (path / WEIGHTS).exists():  # stopped before there was anything to keep
             clear(path)
-    draw_figures(record, images)
+    if writes:
+        with alone():
+            draw_figures(record, images)
     return run, record
+
+
+def _goes_on(config: Config, path: Path, force: bool, resume: Resume) -> bool:
+    """Whether a run in a folder goes on, or a new one begins.
+
+    Raises:
+        ValueError: the folder is in use, or has other settings.
+    """
+    going_on = resume == "last" or (resume == "auto" and (path / RECORD).exists())
+    if going_on:
+        _check_same(config, path)
+    else:
+        refuse_if_in_use(path, force)
+    return going_on
+
+
+def _write_start(record: RunFolder, going_on: bool) -> None:
+    """Write what a run folder has before training."""
+    path = record.path
+    write_json(path / RECORD, record_of(record))
+    (path / FIGURES).mkdir(exist_ok=True)
+    if record.config.codes is not None and not going_on:
+        (path / CHECKPOINTS).mkdir(exist_ok=True)
+        save_weights(record.program, path / CHECKPOINTS / FIRST)
+
+
+def _told(record: RunFolder, run: Run) -> RunFolder:
+    """A run folder, and what became of its training."""
+    return replace(record, engine=run.engine.describe(), faults=tuple(map(str, run.faults)))
 
 
 def _check_same(config: Config, path: Path) -> None:
     """Raise ValueError, naming the first, where settings are not those of the run that is to go on."""
+    refuse_links(path)
     held = settings_of(path).to_dict()
     for name, value in config.to_dict().items():
         if value != held[name] and name != "data_dir":
@@ -211,10 +252,12 @@ def _whole(config: Config, path: Path) -> tuple[RunFolder, Images, _Task]:
         program.likelihood.start_from(rows.flatten(0, -2))
         if start := getattr(getattr(program, "prior", None), "start_at", None):
             start(rows)
-    if config.norm == "batch" and 1 in (config.batch_size, len(images.train) % config.batch_size):
+    ranks, rest = count_ranks(), len(images.train) % config.batch_size
+    if config.norm == "batch" and (config.batch_size < 2 * ranks or 0 < rest < 2 * ranks):
+        several = "" if ranks == 1 else f" for one of {ranks} processes"
         raise ValueError(
             f"batch_size: norm 'batch' cannot take a batch of one; {len(images.train)} data in batches of "
-            f"{config.batch_size} leave one; choose another batch_size, or norm 'layer'"
+            f"{config.batch_size} leave one{several}; choose another batch_size, or norm 'layer'"
         )
     task = _Task(
         program,
@@ -277,6 +320,7 @@ def _fit(
         compile=COMPILE[config.compile],
         precision=PRECISIONS[config.precision],
         checkpoints=Checkpoints(record.path / CHECKPOINTS, resume),
+        faults=Faults(POLICIES[config.nonfinite], folder=record.path / FAULTS),
     )
 
 

@@ -5,25 +5,28 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import Field, field
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-__all__ = ["check_each", "checked", "nearest", "setting"]
+__all__ = ["check_each", "checked", "escaped", "nearest", "printable", "setting"]
 
 T = TypeVar("T")
+SHOWN = 80  # characters of a value in a complaint
+TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # what makes text read as another
 
 
 def setting(group: str, default: Any, text: str, **limits: Any) -> Any:
-    """A field with what the command line shows: ``choices`` (a table), ``least`` or ``above`` (a number)."""
+    """A field with what the command line shows: ``choices`` (a table), or ``least``, ``above`` and ``most``."""
     return field(default=default, metadata={"group": group, "help": text, **limits})
 
 
 def nearest(name: object, known: Mapping[str, Any]) -> str:
     """The end of a complaint about an unknown name: the one that was meant, perhaps, or all."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    close = difflib.get_close_matches(str(name)[:SHOWN], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
@@ -31,7 +34,7 @@ def check_each(values: Mapping[str, Any], known: Mapping[str, Field[Any]], sourc
     """Check names and, one by one, values of settings, each a field; ``source`` stands first in a complaint."""
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{source}: unknown key {name!r}{nearest(name, known)}")
+            raise ValueError(f"{source}: unknown key {_told(name)}{nearest(name, known)}")
         try:
             checked(known[name], value)
         except ValueError as error:
@@ -47,22 +50,62 @@ def checked(f: Field[Any], value: Any) -> Any:
         value = str(value)
     name, convert = TYPES[kind]
     if (converted := convert(value)) is None:
-        raise ValueError(f"{f.name} must be {name}, got {value!r}")
+        raise ValueError(f"{f.name} must be {name}, got {_told(value)}")
+    if isinstance(converted, str) and not printable(converted):
+        raise ValueError(f"{f.name} must be text without control characters, got {_told(value)}")
     choices = f.metadata.get("choices")
     if choices is not None and converted not in choices:
-        raise ValueError(f"{f.name}: unknown choice {value!r}{nearest(value, choices)}")
+        raise ValueError(f"{f.name}: unknown choice {_told(value)}{nearest(value, choices)}")
     for number in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(number, int | float) and (limit := _missed(number, **f.metadata)):
-            raise ValueError(f"{f.name} must be {limit}, got {value}")
+            raise ValueError(f"{f.name} must be {limit}, got {_told(value)}")
     return converted
 
 
-def _missed(number: float, least: float = -math.inf, above: float = -math.inf, **_: Any) -> str:
+def printable(text: str) -> bool:
+    r"""Whether text can be shown as it is: no character moves the cursor, or makes what follows read as another.
+
+    >>> printable("naïve – 数"), printable("\x1b[2J"), printable("two\nlines")
+    (True, False, False)
+    """
+    return all(_harmless(character) for character in text)
+
+
+def escaped(text: object) -> str:
+    r"""Text to show, whatever was in it.
+
+    >>> escaped("red \x1b[31m, naïve")
+    'red \\x1b[31m, naïve'
+    """
+    return "".join(c if _harmless(c) else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _harmless(character: str) -> bool:
+    return (
+        unicodedata.category(character) not in ("Cc", "Zl", "Zp")
+        and unicodedata.bidirectional(character) not in TURNING
+    )
+
+
+def _told(value: Any) -> str:
+    """A value in a complaint, whatever its size."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of that many digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _missed(
+    number: float, least: float = -math.inf, above: float = -math.inf, most: float = math.inf, **_: Any
+) -> str:
     """The limit that a number does not keep, in words."""
     if number < least:
         return f"at least {least}"
     if number <= above:
         return f"above {above}"
+    if number > most:
+        return f"at most {most}"
     return "" if number < 2**63 else "finite" if isinstance(number, float) else "below 2**63"  # NaN is not below
 
 
@@ -71,7 +114,12 @@ def _whole(value: Any) -> int | None:
 
 
 def _real(value: Any) -> float | None:
-    return None if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond all floats
+        return math.inf
 
 
 def _several(one: Callable[[Any], T | None], value: Any) -> tuple[T, ...] | None:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from ppl_vae.capture import Captured, Compile, Engine
 from ppl_vae.graphs import CudaGraph, first_line, kind
 from ppl_vae.holding import Key
 from ppl_vae.pairs import Batch
+from ppl_vae.ranks import connected, count_ranks, joint_mean, over_ranks, own_count
 from ppl_vae.transforms import Transform
-from ppl_vae.updates import Update, gradients
+from ppl_vae.updates import UntakenError, Update, all_finite, clipped, gradients
 
-__all__ = ["Feed", "Given", "Stepper"]
+__all__ = ["Feed", "Given", "Share", "Stepper"]
 
 WARM_UP = 3  # steps of one shape before it is recorded on CUDA
 OFTEN = 50  # times that a stream has given a shape, before it is expected to go on
@@ -38,6 +39,20 @@ class Given:
     def uses(self, *arguments: Tensor) -> float:
         """How often items of such shapes are expected."""
         return math.inf
+
+
+class Share(NamedTuple):
+    """What of a step's batch is this process's.
+
+    Attributes:
+        item: for the feed to present.
+        rows: how many data of it count; none where another's keep this process in step.
+        joined: how many data the batch has, in all processes together.
+    """
+
+    item: Batch
+    rows: int
+    joined: int
 
 
 class Feed(Given):
@@ -59,18 +74,28 @@ class Feed(Given):
         self.rows = source if isinstance(source, Data) and _gathered_inside(source) else None
         self.columns = () if self.rows is None else self.rows.columns
 
+    def shares(self, seed: int, epoch: int) -> Iterator[Share]:
+        """The steps of an epoch; all processes have as many."""
+        items = self.epoch(seed, epoch)
+        if not isinstance(self.source, Data):
+            yield from _in_step(items)
+            return
+        for item, start in zip(items, range(0, len(self.source), self.size), strict=True):
+            joined = min(self.size, len(self.source) - start)
+            yield Share(item, own_count(joined), joined)
+
     def epoch(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """All data in an order that depends on the seed and the epoch's number."""
+        """This process's data in an order that depends on the seed and the epoch's number."""
         if self.rows is None:
             return self.source.epoch(self.size, seed, epoch)
         return ((rows,) for rows in self.rows.rows(self.size, seed, epoch))
 
     def ordered(self) -> Iterator[Batch]:
-        """All data in their own order."""
+        """This process's data in their own order."""
         if self.rows is None:
-            return self.source.batches(self.size)
+            return self.source.own_batches(self.size)
         order = torch.arange(len(self.rows), device=self.columns[0].device)
-        return ((order[i : i + self.size],) for i in range(0, len(order), self.size))
+        return ((order[own],) for own in self.rows.own_slices(self.size))
 
     def present(self, *arguments: Tensor) -> Batch:
         """The batch of the columns and an item."""
@@ -82,12 +107,29 @@ class Feed(Given):
         """How often items of such shapes are expected: known of data in memory, seen of a stream."""
         if isinstance(self.source, Data):
             full, rest = divmod(len(self.source), self.size)
-            return self.epochs * (full if len(arguments[-1]) == self.size else bool(rest))
+            return self.epochs * (full if len(arguments[-1]) == own_count(self.size) else bool(rest))
         shapes = tuple(map(kind, arguments))
         self.seen[shapes] += 1
         steps = self.source.steps(self.size)
         expected = math.inf if steps is None else self.epochs * steps
         return expected if self.seen[shapes] >= OFTEN else 0
+
+
+def _in_step(items: Iterator[Batch]) -> Iterator[Share]:
+    """A stream's batches; a process that has no more of them stays in step with those that have."""
+    if count_ranks() == 1:
+        for item in items:
+            yield Share(item, len(item[0]), len(item[0]))
+        return
+    kept: Batch = ()
+    while True:
+        found = next(items, ())
+        own = len(found[0]) if found else 0
+        going, joined = over_ranks(torch.tensor([int(found != ()), own])).tolist()
+        if not going:
+            return
+        kept = found or kept
+        yield Share(kept, own, joined)
 
 
 def _gathered_inside(data: Data) -> bool:
@@ -99,6 +141,8 @@ class _Gradients(Captured):
 
     Results are the value and those gradients there are; ``used`` tells of which parameters, for each shape.
     """
+
+    guarded = False  # whether a step that is not finite is refused
 
     def __init__(self, engine: Engine, update: Update, feed: Given) -> None:
         def value(*arguments: Tensor) -> Sequence[Tensor]:
@@ -141,7 +185,8 @@ class _Gradients(Captured):
 
     def found(self, value: Tensor, *places: Sequence[Tensor]) -> Sequence[Tensor]:
         """The value and its gradients, each parameter's at the one of its places that the value depends on."""
-        detached, found = gradients(value, places, self.update.clip_norm)
+        # Of several processes, gradients are clipped when they are put together.
+        detached, found = gradients(value, places, self.update.clip_norm if count_ranks() == 1 else None)
         self.seen.append([g is not None for g in found])
         return [detached, *(g for g in found if g is not None)]
 
@@ -153,12 +198,27 @@ class _Gradients(Captured):
             self.used[self.running] = self.seen[-1]
         return results
 
-    def step(self, *arguments: Tensor) -> Tensor:
-        """Take the update's step; return the value."""
-        value, *found = self(*arguments)
+    def step(self, arguments: Sequence[Tensor], rows: int) -> Tensor:
+        """Take the update's step along the gradient of a batch that has so many rows here; return the value."""
+        with connected():
+            value, *found = self(*arguments)
         rest = iter(found)
-        self.update.apply([next(rest) if used else None for used in self.used[self.running]])
+        by_parameter = [next(rest) if used else None for used in self.used[self.running]]
+        if count_ranks() > 1:
+            value, by_parameter = self.joined(value, by_parameter, rows)
+        if self.guarded and not all_finite([value, *(g for g in by_parameter if g is not None)]):
+            raise UntakenError(self.update, value, by_parameter)
+        self.update.apply(by_parameter)
         return value
+
+    def joined(self, value: Tensor, found: list[Tensor | None], rows: int) -> tuple[Tensor, list[Tensor | None]]:
+        """Value and gradients over the rows of all processes."""
+        means, there = joint_mean([value, *found], [value, *self.update.parameters], rows)
+        # Another process may have run into another branch of the program, but not within a graph.
+        fixed = self.graphs.get(self.running) is not None
+        used = [g is not None for g in found] if fixed else there()[1:]
+        by_parameter = [g if has else None for g, has in zip(means[1:], used, strict=True)]
+        return means[0], clipped(by_parameter, self.update.clip_norm)
 
     def device_only(self, arguments: Sequence[Tensor]) -> bool:
         """Whether such arguments have a graph all of whose tensors lie on the GPU, so that it can be recorded."""
@@ -171,12 +231,15 @@ class _Gradients(Captured):
 class Stepper:
     """An `Update` run by an engine: the batch gathered, gradients computed and clipped in one captured graph.
 
-    On CUDA, the optimizer's step joins them, where it can, and all is replayed as one launch.
+    On CUDA, the optimizer's step joins them, where it can, and all is replayed as one launch. Of several processes
+    each computes the gradient of its rows; between graph and optimizer, one call makes that of the batch of them.
 
     Args:
         update: the step.
         engine: how to run, or one of "auto", "require", "off".
         feed: where batches come from; without it, a step takes the batch itself.
+        guarded: raise `UntakenError` instead of a step along numbers that are not finite. These are looked at
+            before each step: on CUDA the host waits for them, and steps are not replayed as one launch.
     """
 
     def __init__(
@@ -184,23 +247,36 @@ class Stepper:
         update: Update,
         engine: Engine | Compile = "require",
         feed: Given | None = None,
+        guarded: bool = False,
     ) -> None:
         self.update = update
         self.engine = engine if isinstance(engine, Engine) else Engine(engine)
         self.feed = Given() if feed is None else feed
         self.gradients = _Gradients(self.engine, update, self.feed)
+        self.gradients.guarded = guarded
         self.replays: dict[tuple[Any, ...], int | CudaGraph] = {}
-        self.rates = _Rates(update.optimizer) if self.engine.compile != "off" else None
+        self.rates = _Rates(update.optimizer) if self._replays(guarded) else None
 
-    def __call__(self, item: Batch) -> Tensor:
-        """Take the step on an item of the feed; return the mean objective, a scalar."""
+    def __call__(self, item: Batch, rows: int | None = None) -> Tensor:
+        """Take the step on an item of the feed; return the mean objective, a scalar.
+
+        Args:
+            item: this process's.
+            rows: how many data of it count, in a batch that is shared with other processes; by default all.
+        """
+        if count_ranks() > 1:
+            return self.gradients.step((*self.feed.columns, *item), len(item[0]) if rows is None else rows)
         if self.rates is None or not item[0].is_cuda:
             return self.step(*item)
         return self.replayed(self.rates, item)
 
     def step(self, *item: Tensor) -> Tensor:
         """Take the step without replaying it."""
-        return self.gradients.step(*self.feed.columns, *item)
+        return self.gradients.step((*self.feed.columns, *item), len(item[0]))
+
+    def _replays(self, guarded: bool) -> bool:
+        """Whether steps may be replayed as one launch: not where something is looked at or sent between them."""
+        return self.engine.compile != "off" and not guarded and count_ranks() == 1
 
     def recheck(self, item: Batch) -> None:
         """Give up a graph whose program has come to compute other things meanwhile, with a warning.
@@ -210,6 +286,12 @@ class Stepper:
         """
         if not self.gradients.recheck((*self.feed.columns, *item)):
             self.replays.clear()
+
+    def forget(self) -> None:
+        """Record steps anew: an optimizer was put into another state, whose tensors are others."""
+        self.replays.clear()
+        if self.rates is not None:
+            self.rates = _Rates(self.update.optimizer)
 
     def replayed(self, rates: _Rates, item: Batch) -> Tensor:
         """Take the step as one launch; the first three of a shape warm up what cannot be recorded."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ppl_vae.batches import Source
 from ppl_vae.capture import Captured, Engine
 from ppl_vae.pairs import Batch, Pair
+from ppl_vae.ranks import count_ranks
 from ppl_vae.traces import KL, LogTerms, check_whole, log_terms
 
 __all__ = [
@@ -93,9 +94,9 @@ class Streamed:
 
 
 def expected_rows(source: Source, batch_size: int) -> float:
-    """How many data a source has, as far as it tells."""
+    """How many data a source has for each process, as far as it tells."""
     steps = source.steps(batch_size)
-    return float("inf") if steps is None else steps * batch_size
+    return float("inf") if steps is None else steps * batch_size / count_ranks()
 
 
 def add_weights(sums: Sequence[Tensor], terms: LogTerms, weight: Tensor) -> Sequence[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from ppl_vae.pairs import Batch
 
@@ -31,6 +31,7 @@ class Stream:
         source: the iterable; each item is a tensor, an array, or a tuple or list of them, treated as columns of
             `ppl_vae.Data` are.
         shuffled: another order of the same data, for training; by default the source itself.
+        own: what of the source is this process's, of several; by default all of it.
         device: where batches are moved as they come.
 
     Raises:
@@ -42,13 +43,15 @@ class Stream:
         source: Iterable[Any],
         shuffled: DataLoader[Any] | None = None,
         device: torch.device | str = "cpu",
+        *,
+        own: DataLoader[Any] | None = None,
     ) -> None:
         if isinstance(source, Iterator):
             raise ValueError(
                 "data: an iterator is used up after one epoch; give something that can be iterated again "
                 "(a DataLoader, a list, or an object whose __iter__ starts anew)"
             )
-        self.source, self.shuffled, self.device = source, shuffled, device
+        self.source, self.shuffled, self.device, self.own = source, shuffled, device, own
         self.dtype: torch.dtype | None = None
         self.width: int | None = None  # how many of a batch's tensors to pass on
         self.check: Callable[[Batch], None] | None = None  # refuses a batch, before it goes to the device
@@ -58,9 +61,21 @@ class Stream:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Stream:
         """The same stream, its batches moved to a device and a floating precision as they come."""
-        stream = Stream(self.source, self.shuffled, device)
+        stream = Stream(self.source, self.shuffled, device, own=self.own)
         stream.dtype, stream.width, stream.check = dtype or self.dtype, self.width, self.check
         return stream
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a DataLoader that gives each of several processes all data of its Dataset."""
+        loader = self.source
+        return (
+            self.own is None
+            and isinstance(loader, DataLoader)
+            and type(loader.sampler) in (RandomSampler, SequentialSampler)
+            and type(loader.batch_sampler) in (BatchSampler, type(None))
+            and not isinstance(loader.dataset, IterableDataset)
+        )
 
     def steps(self, size: int | None = None) -> int | None:
         """How many batches an epoch has, by the length of its source; None where that has none."""
@@ -74,9 +89,20 @@ class Stream:
         """One pass over the source, in its own order and batch size."""
         return self._read(self.source, "data")
 
+    def own_batches(self, size: int | None = None) -> Iterator[Batch]:
+        """This process's part of the `batches`: of a Dataset some rows of each, else what the source gives it."""
+        return self._read(self.source if self.own is None else self.own, "data")
+
     def epoch(self, size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """One pass for training; a Dataset's order depends on the seed and the epoch's number alone."""
+        """One pass for training; a Dataset's order depends on the seed and the epoch's number alone.
+
+        Of several processes, each gets its part of a Dataset's batches. Any other source gives each its own: a
+        DataLoader by a DistributedSampler, which is told the number of the epoch, an IterableDataset by itself.
+        """
         if self.shuffled is None:
+            for sampler in (getattr(self.source, name, None) for name in ("sampler", "batch_sampler")):
+                if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+                    set_epoch(epoch)
             return self._read(self.source, "data")
         if self.shuffled.generator is not None:
             self.shuffled.generator.manual_seed(epoch_seed(seed, epoch))
@@ -91,7 +117,7 @@ class Stream:
         for number, item in enumerate(source):
             empty = False
             yield partial(self._checked, item, f"{name} batch {number}")
-        if empty:
+        if empty and source is not self.own:  # so few data may be those of other processes
             raise ValueError("data: the iterable gave no batch; at least one is needed")
 
     def _checked(self, item: Any, name: str) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -11,13 +12,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ppl_vae.batches import Source, prepare
+from ppl_vae.batches import Data, Source, Stream, prepare
 from ppl_vae.capture import Compile, Engine
+from ppl_vae.faults import Faults
 from ppl_vae.hooks import Hook, Progress
 from ppl_vae.loop import Loop
 from ppl_vae.objectives import ELBO, Objective, Part, as_objective
 from ppl_vae.pairs import Pair, Program, as_pair
 from ppl_vae.products import Precision
+from ppl_vae.ranks import count_ranks, own_rank
 from ppl_vae.resuming import Checkpoints
 from ppl_vae.rng import seeded
 from ppl_vae.running import NonFiniteError, Run
@@ -75,24 +78,32 @@ def fit(
     precision: Precision = "float32",
     refine: int = 0,
     checkpoints: Checkpoints | None = None,
+    faults: Faults = Faults(),  # noqa: B008 - it is frozen
 ) -> Run:
     """Train a (model, guide) pair by stochastic variational inference.
+
+    Where `torch.distributed` is at work, as in a block of `ppl_vae.process_group`, its processes train together:
+    all call this alike, each computes its part of every batch, and all end with the same parameters and history.
+    Gradients are those of the joined batches, in one sum for each step; of what an objective or a layer computes
+    of a batch as a whole, such as a batch norm's statistics, each takes that of its rows.
 
     Args:
         program: an object with ``model`` and ``guide``, or a `Pair`.
         train: tensor, array, tuple of them, `Data`, torch Dataset, or iterable of batches. Columns beyond what
-            the model takes are left out.
+            the model takes are left out. All processes are given the same; of an iterable each takes all that it
+            gives there, for instance by a DistributedSampler, and where one has fewer batches, it waits.
         valid: data of the same kind; with it, the pair ends with the weights of its best epoch.
         objective: `ELBO`, `IWAE`, any `Objective`, or any ELBO of ``pyro.infer``; default ``ELBO()``.
         epochs: passes over ``train``.
-        batch_size: rows per step; a stream keeps its own.
+        batch_size: rows per step, of all processes together; a stream keeps its own.
         optimizer: parameters -> torch optimizer, e.g. ``functools.partial(torch.optim.Adam, lr=2e-3)``; called
             once for each step that the objective has a batch make.
         scheduler: optimizer -> torch learning-rate scheduler; a `ReduceLROnPlateau` watches the objective (on
             ``valid`` where given), negated if its mode is "min".
         scheduler_every: when it steps.
         clip_norm: largest norm of the gradient.
-        seed: fixes the order of the data and every draw; the caller's random streams are left alone.
+        seed: fixes the order of the data and every draw, of each process others; the caller's random streams
+            are left alone.
         device: where to train; CUDA when present, CPU otherwise.
         hooks: called around steps and epochs.
         progress: show a bar when on a terminal.
@@ -107,6 +118,8 @@ def fit(
             has it; 0 for none.
         checkpoints: where to keep all that the run needs to go on, after every epoch, and whether to go on from
             what is kept there. A run that was killed and resumed ends with the bits of one that never was.
+        faults: what to do when numbers become NaN or infinite, and where to save them for inspection: by default
+            the run ends, and nothing is saved. ``run.faults`` lists what happened.
 
     Returns:
         The run. Ctrl-C ends it early: hooks save, and what there is comes back, ``interrupted`` set.
@@ -114,8 +127,9 @@ def fit(
     Raises:
         ValueError: bad data or settings, or checkpoints of another run, before training starts; a checkpoint that
             cannot be written; under compile="require", a step that cannot be captured or compiled.
-        NonFiniteError: the objective or a parameter became NaN or infinite; the pair holds the parameters of its
-            best epoch, or without validation the last whose objective was finite.
+        NonFiniteError: the objective or a parameter became NaN or infinite, more often than ``faults`` bears; the
+            message names step, site and datum as far as they can be found, and the pair holds the parameters of
+            its best epoch, or without validation the last whose objective was finite.
     """
     for name, number, least in (("epochs", epochs, 1), ("report_every", report_every, 1), ("refine", refine, 0)):
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
@@ -133,6 +147,7 @@ def fit(
     with seeded(seed, device):
         source = prepare(pair, train, batch_size, device)
         held_out = None if valid is None else prepare(pair, valid, batch_size, device)
+        _check_shared(source, held_out, batch_size)
         pair.to(device)  # parameters that the first run created
         update = partial(Update, clip_norm=clip_norm, precision=precision)
         updates = [
@@ -143,7 +158,7 @@ def fit(
         if scheduler_every == "step" and any(isinstance(s, ReduceLROnPlateau) for s in schedules):
             raise ValueError("scheduler_every: ReduceLROnPlateau watches a whole epoch; use 'epoch'")
         run = Run(pair, goal, epochs, updates, schedules, engine, validated=held_out is not None)
-        Loop(
+        loop = Loop(
             run,
             Feed(source, batch_size, epochs),
             None if held_out is None else Feed(held_out, batch_size, epochs),
@@ -152,8 +167,28 @@ def fit(
             report_every=report_every,
             seed=seed,
             checkpoints=checkpoints,
-        ).go()
+            faults=faults,
+        )
+        with loop.joined.streams():
+            loop.go()
     return run
+
+
+def _check_shared(source: Source, valid: Source | None, size: int) -> None:
+    """Raise ValueError for fewer data than processes, in all or in a batch; warn where each has all of them."""
+    ranks = count_ranks()
+    for name, given in (("train", source), ("valid", valid)) if ranks > 1 and own_rank() == 0 else ():
+        if isinstance(given, Stream) and given.whole:
+            warnings.warn(
+                f"{name}: this DataLoader gives all data to each of the {ranks} processes; give its Dataset to "
+                "fit, which shares it out, or the loader a DistributedSampler",
+                UserWarning,
+                stacklevel=3,
+            )
+    if size < ranks:
+        raise ValueError(f"batch_size: {size} data cannot be shared by {ranks} processes; give at least {ranks}")
+    if isinstance(source, Data) and len(source) < ranks:
+        raise ValueError(f"train: {len(source)} data cannot be shared by {ranks} processes; start fewer")
 
 
 def _moved(objective: Objective, device: torch.device) -> Objective:

@@ -17,7 +17,21 @@ from ppl_vae.rng import seeded
 from ppl_vae.sites import statements
 from ppl_vae.traces import check_table, log_density, run_guide, run_model, with_values
 
-__all__ = ["Update", "gradients", "trained_by"]
+__all__ = ["UntakenError", "Update", "all_finite", "clipped", "gradients", "trained_by"]
+
+
+class UntakenError(FloatingPointError):
+    """A step was not taken, because its value or a gradient is NaN or infinite.
+
+    Attributes:
+        update: the step.
+        value: the mean objective.
+        found: the gradients, one for each of the update's parameters, None where there is none.
+    """
+
+    def __init__(self, update: Update, value: Tensor, found: Sequence[Tensor | None]) -> None:
+        super().__init__(f"{update.name}: its value or a gradient is not finite")
+        self.update, self.value, self.found = update, value, found
 
 
 class Update:
@@ -94,17 +108,29 @@ def gradients(
     Args:
         value: scalar to be maximised.
         places: lists of parameters; where there are several, what stands at the same position is one parameter.
-        clip_norm: largest norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` has it.
+        clip_norm: largest norm of all gradients together, or None.
     """
     wanted = [p for place in places for p in place if p.requires_grad]
     parts = iter(torch.autograd.grad(-value, wanted, allow_unused=True) if value.requires_grad else ())
     by_place = [[next(parts, None) if p.requires_grad else None for p in place] for place in places]
     found = [_sum([g for g in same if g is not None]) for same in zip(*by_place, strict=True)]
-    if clip_norm is not None:
-        norm = nn.utils.get_total_norm([g for g in found if g is not None], foreach=True)
-        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        found = [None if g is None else g * factor for g in found]
-    return value.detach(), found
+    return value.detach(), clipped(found, clip_norm)
+
+
+def clipped(found: list[Tensor | None], clip_norm: float | None) -> list[Tensor | None]:
+    """Gradients, together no longer than ``clip_norm``, as `torch.nn.utils.clip_grad_norm_` has it."""
+    if clip_norm is None:
+        return found
+    norm = nn.utils.get_total_norm([g for g in found if g is not None], foreach=True)
+    factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [None if g is None else g * factor for g in found]
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all entries of all tensors are finite; waits for the device once."""
+    total = torch.stack([t.sum().double() for t in tensors]).sum()
+    # Sums are the cheapest to look at, but those of finite numbers may be too large for their type.
+    return bool(total.isfinite()) or all(bool(t.isfinite().all()) for t in tensors)
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from ppl_vae.batches import Data, as_data
 from ppl_vae.capture import Compile, Engine
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.estimates import Estimate, share_warning, whole
-from ppl_vae.evaluate import check_density, judging, presented
+from ppl_vae.evaluate import check_density, judging
 from ppl_vae.pairs import Batch, Pair, Program
+from ppl_vae.sharding import presented
 from ppl_vae.sites import statements
 from ppl_vae.sparing import sparing
 from ppl_vae.streaming import Streamed, expected_rows, log_mean
@@ -83,7 +84,7 @@ def importance(
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive must lie in [0, 1), got {defensive}; it is the share drawn from the prior")
     prior = min(max(round(defensive * particles), 1), particles - 1) if defensive else 0
-    engine, parts = Engine(compile), list[Sequence[Tensor]]()
+    engine = Engine(compile)
     with judging(program, seed, "weights") as pair:
         source = as_data(data, batch_size)
         batches = presented(pair, source, batch_size, seed)
@@ -92,14 +93,16 @@ def importance(
             raise ValueError("program: nothing is latent, so there is nothing to draw; see `log_likelihood`")
         size, rows = batch_size if isinstance(source, Data) else None, expected_rows(source, batch_size)
         streams = _streams(engine, pair, (particles - prior, prior), chunk, size, rows)
-        for row, batch in batches:
+
+        def judge(row: int, batch: Batch) -> dict[str, Tensor]:
             if prior and not row:
                 _check_latents(pair, batch)
-            parts.append(_judged(_log_weights(streams, batch)))
-    value, stderr, ess, khat, smoothed = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    diagnostics = {"ess": ess, "khat": khat, "smoothed": smoothed}
-    doubts = share_warning(khat > limit, f"k-hat is above {limit:.2f}", ADVICE)
-    found = Estimate(value, stderr, "lower", diagnostics, f"L_{particles}", engine.describe(), doubts)
+            return _judged(_log_weights(streams, batch))
+
+        numbers = batches.collect(judge, engine)
+    value, stderr = numbers.pop("value"), numbers.pop("stderr")
+    doubts = share_warning(numbers["khat"] > limit, f"k-hat is above {limit:.2f}", ADVICE)
+    found = Estimate(value, stderr, "lower", numbers, f"L_{particles}", engine.describe(), doubts)
     return whole(found, found)
 
 
@@ -140,11 +143,12 @@ def _log_weights(streams: Sequence[Streamed], batch: Batch) -> Tensor:
     return torch.cat([stream.parts[size](*batch)[0] for stream in streams for size in stream.sizes])
 
 
-def _judged(weights: Tensor) -> Sequence[Tensor]:
-    """Value, standard error, effective sample size, k-hat and smoothed value of log weights (K, B), each (B,)."""
+def _judged(weights: Tensor) -> dict[str, Tensor]:
+    """What log weights (K, B) say of each datum, each (B,)."""
     khat, smoothed = pareto(weights)
     mean = smoothed.logsumexp(0) - math.log(len(weights))
-    return *log_mean(weights.logsumexp(0), (2 * weights).logsumexp(0), len(weights)), khat, mean
+    value, stderr, ess = log_mean(weights.logsumexp(0), (2 * weights).logsumexp(0), len(weights))
+    return {"value": value, "stderr": stderr, "ess": ess, "khat": khat, "smoothed": mean}
 
 
 def _check_latents(pair: Pair, batch: Batch) -> None:

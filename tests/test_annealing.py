@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import ppl_vae as pv
-from ppl_vae.annealing import _Weights, annealed, sandwich
+from ppl_vae.annealing import _weights, annealed, sandwich
 from ppl_vae.capture import Engine
 from ppl_vae.estimates import IncompleteError
 from ppl_vae.layout import inspect
@@ -168,10 +168,9 @@ def test_reverse_weights_are_unbiased():
     program = LinearGaussian.random(1, latent=2, width=3)
     x = program.draw(1, seed=0).expand(3000, -1)
     path, settings = path_of(program, x), Annealing(chains=1, distributions=5, leapfrog=2)
-    weights = _Weights(settings, "upper")
     exact = path.coordinates.pack({"z": posterior_draws(program, x, 1)})
-    weights.add(path, pilot(path, settings, (x,)), (x,), exact)
-    shares = (weights.weights[0][:, 0] + program.log_evidence(x).detach()).exp()
+    weights, _ = _weights(path, settings, pilot(path, settings, (x,)), (x,), exact)
+    shares = (weights[:, 0] + program.log_evidence(x).detach()).exp()
     assert abs(shares.mean() - 1) < 4 * shares.std() / 3000**0.5
     assert shares.std() / 3000**0.5 < 0.1
 

@@ -12,13 +12,13 @@ import ppl_vae
 
 PACKAGE = Path(ppl_vae.__file__).parent
 LAYERS = [
-    "rng files packing ranks products rewrites graphs transforms nets convolutions conditionals priors scalars "
-    "flows triangular likelihoods pixels counts posteriors divergences discrete hamiltonian tails "
+    "rng files limits packing ranks products rewrites graphs transforms nets convolutions conditionals priors "
+    "scalars flows triangular likelihoods pixels counts posteriors divergences discrete hamiltonian tails "
     "codebooks codes autoregressive",
     "models hierarchies belief sequences semisupervised",
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
     "enumeration moving proposals semiamortised quantising draws",
-    "streams batches holding capture updates steps running hooks resuming faults loop train estimates streaming "
+    "streams batches holding capture updates steps running hooks resuming diagnosis joining faults loop train estimates sharding streaming "
     "densities evaluate disentangling paths schedules annealing generators weighing refining amortisation "
     "overfitting calibration criticism coding sparing decomposition",
     "data plots arviz_export film checkpoint settings plan axes config records folders figures runs verdicts "

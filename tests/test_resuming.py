@@ -502,22 +502,6 @@ def test_hooks_files_are_left_alone_where_checkpoints_cannot_be_written(more, tm
     assert log.read_text() == "epoch\n1\n"
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_what_was_kept_before(tmp_path, monkeypatch):
-    folder, write = tmp_path / "kept", Path.write_bytes
-
-    def fill(self, data):
-        if "000003" in self.name:
-            raise OSError(28, "No space left on device")
-        return write(self, data)
-
-    monkeypatch.setattr(Path, "write_bytes", fill)
-    with pytest.raises(ValueError, match=r"cannot write .*epoch-000003.safetensors \(No space left on device\)"):
-        go("validated", folder)
-    monkeypatch.undo()
-    assert named(folder) == ["epoch-000001.safetensors", "epoch-000002.safetensors"]
-    assert identical(end(go("validated", folder, "last")), end(go("validated")))
-
-
 # ---- killed processes
 @pytest.mark.slow
 def test_fifty_kills_at_random_moments_change_no_bit(tmp_path):

@@ -123,11 +123,14 @@ def test_the_density_that_turned_nan_is_named_with_its_row(part, report_every):
     c = torch.ones(len(X), CLASSES)
     c[20, 0] = 0.0
     order = [rows for _, rows in Data(X, torch.arange(len(X))).epoch(16, seed=0, epoch=0)]
-    step, row = next((i, rows.tolist().index(20)) for i, rows in enumerate(order) if 20 in rows)
+    step = next(i for i, rows in enumerate(order) if 20 in rows)
     program = spread(part)
     message, record = failure(program, (X, c), batch_size=16, report_every=report_every)
     assert f"at step {step + 1} (epoch 1)" in message
-    assert f"likely cause: the {part}'s log-density of batch row {row} is not finite" in message
+    site = "x" if part == "likelihood" else "z"
+    assert f"likely cause: site '{site}' ({part}): the log-density of datum 20 is nan" in message
+    (fault,) = record.run.faults
+    assert (fault.step, fault.site, fault.datum, fault.batch) == (step + 1, site, 20, None)
     assert finite(record.end)
 
 

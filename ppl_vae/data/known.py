@@ -6,6 +6,7 @@ import gzip
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 
 from ppl_vae.data.images import DAMAGE, DataUnavailable, Images, Split, deal, line, unit_pixels
-from ppl_vae.files import PathLike
+from ppl_vae.files import PathLike, expanded, open_regular
 
 __all__ = ["cifar10", "digits", "fashion_mnist", "mnist"]
 
 _IDX = tuple(f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
+MOST_BYTES = 2**26  # of one file, unpacked; the largest, of MNIST, has 45 MiB
 
 
 def digits() -> Images:
@@ -75,9 +77,11 @@ def cifar10(root: PathLike | None = None, download: bool = True) -> Images:
     try:
         with tempfile.TemporaryDirectory() as scratch:  # a download may break off
             found = folder.exists()
-            where = place if found else scratch
+            if found:  # a copy that nobody changes between the check and the reading
+                names = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
+                _copy(folder, Path(scratch, kind.base_folder), names)
             # torchvision checks the sums of all files before it opens one.
-            train, test = (kind(where, train=part, download=download and not found) for part in (True, False))
+            train, test = (kind(scratch, train=part, download=download and not found) for part in (True, False))
             if not found:
                 place.mkdir(parents=True, exist_ok=True)
                 part = place / f".{kind.base_folder}.{os.getpid()}.part"
@@ -96,7 +100,7 @@ def cifar10(root: PathLike | None = None, download: bool = True) -> Images:
 def _place(root: PathLike | None) -> Path:
     """Where files are, and fetched ones go: a folder, or the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ppl_vae")
-    return Path(cache if root is None else root).expanduser()
+    return expanded(cache if root is None else root)
 
 
 def _idx_images(folder: str, name: str, root: PathLike | None, download: bool) -> Images:
@@ -106,7 +110,7 @@ def _idx_images(folder: str, name: str, root: PathLike | None, download: bool) -
     try:
         with tempfile.TemporaryDirectory() as scratch:  # `raw` may be read-only, and a download may break off
             work = Path(scratch, folder, "raw")
-            _unpack(raw, work)
+            _copy(raw, work, _IDX)
             train, test = kind(scratch, train=True, download=download), kind(scratch, train=False)
             for file in work.glob("*.gz"):  # there after a download only
                 raw.mkdir(parents=True, exist_ok=True)
@@ -114,6 +118,8 @@ def _idx_images(folder: str, name: str, root: PathLike | None, download: bool) -
         sizes = [len(column) for part in (train, test) for column in (part.data, part.targets)]
         if sizes != [60_000, 60_000, 10_000, 10_000]:
             raise ValueError(f"found {sizes} images and labels, not 60000 and 10000 of each")
+        if train.data.shape[1:] != test.data.shape[1:] or max(part.targets.max() for part in (train, test)) > 9:
+            raise ValueError("found pictures of two shapes, or labels beyond ten")
     except DAMAGE as error:
         mend = f"put {', '.join(f'{file}.gz' for file in _IDX)} into DIR/{folder}/raw and give --data-dir DIR"
         raise DataUnavailable(f"cannot get {folder} into {raw}: {line(error)}. Instead, {mend}") from error
@@ -122,12 +128,15 @@ def _idx_images(folder: str, name: str, root: PathLike | None, download: bool) -
     return Images(name, fit[:50_000], fit[50_000:], judge, tuple(train.data.shape[1:]), classes)
 
 
-def _unpack(raw: Path, work: Path) -> None:
-    """Bring the files that are in `raw`, packed or not, unpacked into the new folder `work`."""
+def _copy(folder: Path, work: Path, names: Sequence[str]) -> None:
+    """Bring those of the files that are there, packed or not, unpacked into a new folder."""
     work.mkdir(parents=True)
-    for path in [file for name in _IDX for file in (raw / name, raw / f"{name}.gz") if file.is_file()]:
+    for path in [file for name in names for file in (folder / name, folder / f"{name}.gz") if file.is_file()]:
         try:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as source:
-                (work / path.name.removesuffix(".gz")).write_bytes(source.read())
+            with open_regular(path) as file, gzip.open(file) if path.suffix == ".gz" else file as source:
+                content = source.read(MOST_BYTES + 1)
+            if len(content) > MOST_BYTES:
+                raise ValueError(f"it is longer than {MOST_BYTES // 2**20} MiB, unlike any such file")
+            (work / path.name.removesuffix(".gz")).write_bytes(content)
         except DAMAGE as error:
             raise ValueError(f"cannot read {path}: {line(error)}") from error

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ppl_vae.data.images import DAMAGE, Array, Images, Split, deal, line, unit_pixels
-from ppl_vae.files import PathLike
+from ppl_vae.data.arrays import read_arrays
+from ppl_vae.data.images import Array, Images, Split, deal, unit_pixels
+from ppl_vae.data.pictures import read_pictures
+from ppl_vae.files import PathLike, expanded
+from ppl_vae.settings import printable
 
 __all__ = ["from_folder", "from_npy", "from_npz", "from_path"]
 
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_ENDS = {"train": "_train", "valid": "_valid", "test": "_test"}
+_KNOWN = [f"{column}{end}" for column in "xy" for end in ("", *_ENDS.values())]
 
 
 def from_path(path: PathLike, seed: int = 0, *, counts: bool = False) -> Images:
@@ -24,7 +26,7 @@ def from_path(path: PathLike, seed: int = 0, *, counts: bool = False) -> Images:
     Raises:
         ValueError: If nothing is there, or it is none of the three, or its reader refuses it.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         return from_folder(path, seed)
     if path.suffix.lower() in (".npz", ".npy"):
@@ -48,15 +50,16 @@ def from_npz(path: PathLike, seed: int = 0, *, counts: bool = False) -> Images:
         counts: The numbers are counts 0, 1, 2, ..., (N, D), kept as they are; they are no pictures, of shape (D,).
 
     Raises:
-        ValueError: If the file is missing, damaged or holds pickled objects, if the pixels have another rank
-            or scale or are NaN, if counts are not whole, or if labels and images do not match.
+        ValueError: If the file is missing, damaged, too large or holds anything but numbers and text, if the
+            pixels have another rank or scale or are NaN, if counts are not whole, or if labels and images do not
+            match.
     """
-    path = Path(path).expanduser()
-    arrays = _load(path)
+    path = expanded(path)
+    arrays, there = read_arrays(path, _KNOWN)
     if ("x" in arrays) == ("x_train" in arrays):
-        found = ", ".join(sorted(arrays)) or "nothing"
+        found = ", ".join(name[:60] for name in there[:20]) or "nothing"
         raise ValueError(f"{path} must hold either an array `x` or an array `x_train`, found {found}")
-    names = {"train": "" if "x" in arrays else "_train", "valid": "_valid", "test": "_test"}
+    names = _ENDS | ({"train": ""} if "x" in arrays else {})
     x = {part: arrays[f"x{end}"] for part, end in names.items() if f"x{end}" in arrays}
     y = {part: arrays[f"y{end}"] for part, end in names.items() if f"y{end}" in arrays}
     return _images(path, x, y, seed, counts)
@@ -78,21 +81,12 @@ def from_folder(path: PathLike, seed: int = 0) -> Images:
     transparency is dropped. Hidden files and files of other kinds are passed over.
 
     Raises:
-        ValueError: If there is no picture, if one cannot be read, has another size than the first, has more
-            than 8 bits per channel or is so large that Pillow suspects a decompression bomb.
+        ValueError: If there is no picture, if one cannot be read, has another size than the first or more than
+            8 bits per channel, or if one is, or all together are, too large.
     """
-    path = Path(path).expanduser()
-    files = _picture_files(path)
-    pictures = [_picture(file) for file in files]
-    for file, picture in zip(files, pictures, strict=True):
-        if picture.size != pictures[0].size:
-            raise ValueError(f"{file} is {picture.size}, not {pictures[0].size} as the first: resize it")
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"{file} has more than 8 bits per channel (mode {picture.mode}): save it with 8")
-    mode = "L" if {picture.mode for picture in pictures} <= {"L", "1"} else "RGB"
-    x = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
-    names = np.array([file.relative_to(path).parts[0] for file in files])
-    return _images(path, {"train": x}, {} if files[0].parent == path else {"train": names}, seed)
+    path = expanded(path)
+    x, names = read_pictures(path)
+    return _images(path, {"train": x}, {"train": np.array(names)} if names else {}, seed)
 
 
 def _images(path: Path, x: dict[str, Array], y: dict[str, Array], seed: int, counts: bool = False) -> Images:
@@ -136,42 +130,8 @@ def _labels(path: Path, y: dict[str, Array], n: dict[str, int]) -> tuple[dict[st
     names, codes = np.unique(np.concatenate([y[part] for part in n]), return_inverse=True)
     if names.dtype.kind == "i" and names[0] == -1:
         names, codes = names[1:], codes - 1
+    classes = tuple(map(str, names))
+    if unreadable := next((name for name in classes if not printable(name)), None):
+        raise ValueError(f"{path}: labels must be text without control characters, got {unreadable[:60]!r}")
     cuts = np.split(codes.astype(np.int64), np.cumsum(list(n.values()))[:-1])
-    return dict(zip(n, map(torch.from_numpy, cuts), strict=True)), tuple(map(str, names))
-
-
-def _load(path: Path) -> dict[str, Array]:
-    """The arrays of an .npz file, or the one of an .npy file as `x`; never unpickled."""
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            return {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except DAMAGE as error:
-        raise ValueError(f"cannot read {path}: {line(error)} (pickles are never loaded)") from error
-
-
-def _picture_files(path: Path) -> list[Path]:
-    """Picture files in order: those of the sub-folders when there are any, else those of the folder."""
-    if not path.is_dir():
-        raise ValueError(f"no such folder: {path}")
-    seen = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-    folders = [file for file in seen if file.is_dir()]
-    loose = [file for file in seen if file.suffix.lower() in _SUFFIXES and file.is_file()]
-    if folders and loose:
-        raise ValueError(f"{loose[0]} lies beside the sub-folder {folders[0].name}: move it into a class")
-    if {"train", "test"} <= {folder.name for folder in folders}:  # else they would silently become labels
-        raise ValueError(f"{path}: sub-folders are labels, here train and test: put the splits together")
-    if not folders and not loose:
-        raise ValueError(f"{path} holds no pictures; known are {', '.join(_SUFFIXES)}")
-    return loose or [file for folder in folders for file in _picture_files(folder)]
-
-
-def _picture(file: Path) -> Image.Image:
-    """A picture in memory; Pillow's complaints become a ValueError that names the file."""
-    guard = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-    try:
-        with guard, Image.open(file) as picture:
-            picture.load()
-            return picture
-    except (*DAMAGE, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture {file}: {line(error)}") from error
+    return dict(zip(n, map(torch.from_numpy, cuts), strict=True)), classes

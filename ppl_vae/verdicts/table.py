@@ -14,7 +14,7 @@ from torch import Tensor
 from ppl_vae import plots
 from ppl_vae.estimates import Average, Estimate
 from ppl_vae.files import write_whole
-from ppl_vae.folders import EACH, FIGURES, JUDGED, TABLE
+from ppl_vae.folders import EACH, FIGURES, JUDGED, TABLE, refuse_links
 
 __all__ = ["BITS", "Row", "Verdict", "as_row", "difference"]
 
@@ -129,6 +129,7 @@ class Verdict:
         Raises:
             ValueError: one of them cannot be.
         """
+        refuse_links(folder)
         for name in (TABLE, EACH, *(f"{FIGURES}/{name}" for name in JUDGED)):  # of another verdict
             (folder / name).unlink(missing_ok=True)
         written = []
