@@ -97,7 +97,7 @@ def _header_of(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes
 
 
 def _write(path: Path, header: bytes, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file from where the tensors lie: safetensors copies them first, or chooses another name meanwhile."""
+    """Write a file from where tensors lie; safetensors copies them first, or chooses another name meanwhile."""
     with path.open("wb") as file:
         file.write(header)
         for value in tensors.values():
