@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 from ppl_vae.layout import Layout, check_rows, check_supports, inspect
 from ppl_vae.pairs import Batch, Pair
-from ppl_vae.ranks import own_count, own_rows
+from ppl_vae.ranks import count_ranks, own_count, own_rows
 from ppl_vae.rng import seeded
 from ppl_vae.streams import Stream, as_pixels, as_tensor, delivered, epoch_seed, placed
 
@@ -121,8 +121,10 @@ class Data:
         """
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(self), generator=generator)
-        for rows in torch.split(placed(order, self.columns[0].device), size):
-            yield rows[own_rows(len(rows)) if own_count(len(rows)) else slice(1)]
+        batches = torch.split(placed(order, self.columns[0].device), size)
+        if count_ranks() == 1:
+            return iter(batches)
+        return (rows[own_rows(len(rows)) if own_count(len(rows)) else slice(1)] for rows in batches)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All rows in their own order in batches of ``size``; the last may be shorter."""

@@ -58,6 +58,7 @@ class Loop:
         faults: Faults = Faults(),  # noqa: B008 - it is frozen
     ) -> None:
         self.run, self.train = run, train
+        self.several = count_ranks() > 1
         self.hooks = [hook for hook in hooks if hook.everywhere or own_rank() == 0]
         self.checkpoints = checkpoints
         self.every_step, self.report_every, self.seed = every_step, report_every, seed
@@ -113,7 +114,7 @@ class Loop:
     def call(self, moment: str, *args: Any) -> None:
         """Call every hook; those of the first process alone must not wait for the others."""
         for hook in self.hooks:
-            with nullcontext() if hook.everywhere else alone():
+            with alone() if self.several and not hook.everywhere else nullcontext():
                 getattr(hook, moment)(self.run, *args)
 
     def end(self) -> None:

@@ -79,8 +79,9 @@ def pack(path: PathLike, kind: str, state: Any) -> Path:
     about["sha256"] = _checksum(kind, plain, tensors)
     header = _header_of(about, tensors)
     if len(tensors) > MOST_TENSORS or len(header) > MOST_HEADER:
-        much = f"{len(tensors)} tensors" if len(tensors) > MOST_TENSORS else f"{len(header)} bytes of other things"
-        raise ValueError(f"{kind}: {much} are more than a file is read back with; keep less in it")
+        many = len(tensors) > MOST_TENSORS
+        found = f"{len(tensors)} tensors" if many else f"{len(header)} bytes beside its tensors"
+        raise ValueError(f"{kind}: {found} are more than a file is read back with; keep less in it")
     return write_whole(path, lambda file: _write(file, header, tensors))
 
 

@@ -80,9 +80,10 @@ class Feed(Given):
         if not isinstance(self.source, Data):
             yield from _in_step(items)
             return
-        for item, start in zip(items, range(0, len(self.source), self.size), strict=True):
-            joined = min(self.size, len(self.source) - start)
-            yield Share(item, own_count(joined), joined)
+        several, rows = count_ranks() > 1, len(self.source)
+        for item, start in zip(items, range(0, rows, self.size), strict=True):
+            joined = min(self.size, rows - start)
+            yield Share(item, own_count(joined) if several else joined, joined)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Batch]:
         """This process's data in an order that depends on the seed and the epoch's number."""
@@ -150,7 +151,7 @@ class _Gradients(Captured):
 
         obstacle = update.objective.obstacle(update.pair)
         super().__init__(engine, [update.pair, update.objective], value, feed.uses, obstacle)
-        self.update = update
+        self.update, self.several = update, count_ranks() > 1
         self.used: dict[Key, list[bool]] = {}
         self.seen: list[list[bool]] = []  # the same, while it runs as it is or is traced
 
@@ -186,7 +187,7 @@ class _Gradients(Captured):
     def found(self, value: Tensor, *places: Sequence[Tensor]) -> Sequence[Tensor]:
         """The value and its gradients, each parameter's at the one of its places that the value depends on."""
         # Of several processes, gradients are clipped when they are put together.
-        detached, found = gradients(value, places, self.update.clip_norm if count_ranks() == 1 else None)
+        detached, found = gradients(value, places, None if self.several else self.update.clip_norm)
         self.seen.append([g is not None for g in found])
         return [detached, *(g for g in found if g is not None)]
 
@@ -200,19 +201,22 @@ class _Gradients(Captured):
 
     def step(self, arguments: Sequence[Tensor], rows: int) -> Tensor:
         """Take the update's step along the gradient of a batch that has so many rows here; return the value."""
-        with connected():
-            value, *found = self(*arguments)
-        rest = iter(found)
-        by_parameter = [next(rest) if used else None for used in self.used[self.running]]
-        if count_ranks() > 1:
-            value, by_parameter = self.joined(value, by_parameter, rows)
-        if self.guarded and not all_finite([value, *(g for g in by_parameter if g is not None)]):
-            raise UntakenError(self.update, value, by_parameter)
-        self.update.apply(by_parameter)
+        value, found = self.joined(arguments, rows) if self.several else self.computed(arguments)
+        if self.guarded and not all_finite([value, *(g for g in found if g is not None)]):
+            raise UntakenError(self.update, value, found)
+        self.update.apply(found)
         return value
 
-    def joined(self, value: Tensor, found: list[Tensor | None], rows: int) -> tuple[Tensor, list[Tensor | None]]:
-        """Value and gradients over the rows of all processes."""
+    def computed(self, arguments: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """Value and gradients, one for each parameter, over this process's rows."""
+        value, *found = self(*arguments)
+        rest = iter(found)
+        return value, [next(rest) if used else None for used in self.used[self.running]]
+
+    def joined(self, arguments: Sequence[Tensor], rows: int) -> tuple[Tensor, list[Tensor | None]]:
+        """The same over the rows of all processes."""
+        with connected():  # a codebook speaks to the others within
+            value, found = self.computed(arguments)
         means, there = joint_mean([value, *found], [value, *self.update.parameters], rows)
         # Another process may have run into another branch of the program, but not within a graph.
         fixed = self.graphs.get(self.running) is not None
@@ -264,7 +268,7 @@ class Stepper:
             item: this process's.
             rows: how many data of it count, in a batch that is shared with other processes; by default all.
         """
-        if count_ranks() > 1:
+        if self.gradients.several:
             return self.gradients.step((*self.feed.columns, *item), len(item[0]) if rows is None else rows)
         if self.rates is None or not item[0].is_cuda:
             return self.step(*item)
@@ -276,7 +280,7 @@ class Stepper:
 
     def _replays(self, guarded: bool) -> bool:
         """Whether steps may be replayed as one launch: not where something is looked at or sent between them."""
-        return self.engine.compile != "off" and not guarded and count_ranks() == 1
+        return self.engine.compile != "off" and not guarded and not self.gradients.several
 
     def recheck(self, item: Batch) -> None:
         """Give up a graph whose program has come to compute other things meanwhile, with a warning.

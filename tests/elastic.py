@@ -6,16 +6,17 @@ import sys
 from ppl_vae.cli import main
 from ppl_vae.loop import Loop
 
-if os.environ["DIES"] == "yes" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
-    call = Loop.call
+call = Loop.call
 
-    def dying(self, moment, *args):
-        """The first step of the third epoch is the last."""
-        if moment == "on_step" and self.run.epoch == 2:
-            os._exit(1)
-        call(self, moment, *args)
 
-    Loop.call = dying
+def dying(self, moment, *args):
+    """The first step of the third epoch is the last."""
+    if moment == "on_step" and self.run.epoch == 2:
+        os._exit(1)
+    call(self, moment, *args)
+
 
 if __name__ == "__main__":
+    if (os.environ["DIES"], os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("yes", "0", "1"):
+        Loop.call = dying
     sys.exit(main())

@@ -1,6 +1,6 @@
 """What it costs a step that several processes take it together: time and bytes, of 1, 2 and 4 on one machine.
 
-    python ranks.py [STEPS]
+    python processes.py [STEPS]
 
 A VAE of 784-400-20, captured steps, Adam. The joined batch has 128 data in every row of the table, so that on as
 many cores as processes a step would take a part of one process's time, and the sum what is printed beside it.
