@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
 
-from ppl_vae.files import PathLike, require_folder, write_whole
+from ppl_vae.files import PathLike, look, require_folder, write_whole
 from ppl_vae.hooks import Hook
 from ppl_vae.packing import Entry, read_tensors
 from ppl_vae.pairs import Pair, Program, as_pair
@@ -37,7 +38,7 @@ def load_weights(program: Program | Pair, path: PathLike) -> None:
             message says which.
     """
     pair, path = as_pair(program), Path(path)
-    if not path.is_file():
+    if (found := look(path, "path")) is None or not stat.S_ISREG(found.st_mode):
         raise ValueError(f"path: no weights at {path}")
     state = read_tensors(path, lambda _, entries: check_weights(pair, path, entries))[1]
     pair.expected.clear()

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -42,7 +43,7 @@ from ppl_vae.folders import (
     write_json,
 )
 from ppl_vae.plots import label_rows, samples, save
-from ppl_vae.ranks import RankError, alone, from_first, own_rank, process_group
+from ppl_vae.ranks import FirstFailedError, RankError, alone, from_first, own_rank, process_group, said_by_first
 from ppl_vae.records import installed
 from ppl_vae.runs import second_stage, train_run
 from ppl_vae.schedules import Annealing
@@ -57,18 +58,26 @@ GIVEN = {"label": "log p(x | label)", "sum": "log p(x | sum)", "known label": "l
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
+    said = False  # by the first process, which tells what all of them meet
     try:
         args = parser(installed("ppl-vae"), COMMANDS).parse_args(argv)
         with process_group(getattr(args, "device", None)):
-            code = _run(args)
+            try:
+                code = _run(args)
+            except FirstFailedError:
+                said = True
+                raise
+            except (ValueError, OSError, NonFiniteError) as error:
+                said = said_by_first(str(error))
+                raise
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - until the process ends
         return 1
     except (ValueError, OSError) as error:
-        return _fail("error", error, 2)
+        return 2 if said else _fail("error", error, 2)
     except (NonFiniteError, RankError, torch.OutOfMemoryError) as error:
-        return _fail("failed", error, 1)
+        return 1 if said else _fail("failed", error, 1)
     except RuntimeError as error:  # torch's on a CPU has no class of its own
         if "allocate" not in str(error):
             raise
@@ -83,7 +92,10 @@ def _run(args: argparse.Namespace) -> int:
     """Run a command, in all processes or in the first."""
     command: Callable[[argparse.Namespace], int] = args.run
     if command in (train, evaluate):
-        return command(args)
+        with warnings.catch_warnings():
+            if own_rank():  # the first warns
+                warnings.simplefilter("ignore")
+            return command(args)
     if own_rank():
         return 0
     with alone():

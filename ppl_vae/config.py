@@ -20,7 +20,7 @@ from ppl_vae.batches import Data
 from ppl_vae.capture import Compile
 from ppl_vae.data import Images, Split, cifar10, digits, fashion_mnist, from_path, mnist, subset
 from ppl_vae.faults import Policy
-from ppl_vae.files import PathLike, expanded, parse_json, read_text
+from ppl_vae.files import PathLike, brief, expanded, look, parse_json, read_text
 from ppl_vae.objectives import Objective
 from ppl_vae.plan import ACTIVATIONS, SCALES, Plan
 from ppl_vae.products import Precision
@@ -86,7 +86,7 @@ class Config:
         "digits", "digits, mnist, fashion-mnist, cifar10, or a path: .npz, .npy or a folder of pictures"
     )
     data_dir: str | None = _data(
-        None, "folder with the files of mnist, fashion-mnist or cifar10; by default they are fetched"
+        None, "folder to read mnist, fashion-mnist or cifar10 from; without it they are fetched into the cache"
     )
     limit: int | None = _data(None, "use only the first rows of each split; by default all", least=1)
     binarise: str = _data(
@@ -281,8 +281,9 @@ def _parse_toml(text: str) -> dict[str, Any]:
 def images_of(config: Config) -> Images:
     """Load the data that a config names."""
     loader = DATA.get(config.data)
-    if loader is None and not expanded(config.data).exists():
-        raise ValueError(f"data: no such file, and no known name: {config.data!r}{nearest(config.data, DATA)}")
+    if loader is None and look(expanded(config.data), "data") is None:
+        unknown = f"{brief(config.data)!r}{nearest(config.data, DATA)}"
+        raise ValueError(f"data: no such file, and no known name: {unknown}")
     images = from_path(config.data, counts=config.counts) if loader is None else loader(config.data_dir)
     return images if config.limit is None else subset(images, config.limit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,14 +13,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, IterableDataset
 
-from ppl_vae.batches import Data
+from ppl_vae.batches import Data, Source
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.diagnosis import TOO_LARGE, diagnose
 from ppl_vae.files import PathLike
 from ppl_vae.packing import DamagedError, pack, unpack
 from ppl_vae.pairs import Batch
-from ppl_vae.ranks import alone, from_all, gathered, own_rank
+from ppl_vae.ranks import alone, count_ranks, from_all, from_first, gathered, own_rank
 from ppl_vae.resuming import random_streams
 from ppl_vae.rng import seeded
 from ppl_vae.running import Fault, Run, snapshot
@@ -41,19 +43,26 @@ UNFOUND = "nothing in the batch by itself"
 class Faults:
     """What `ppl_vae.fit` does when an objective, a gradient or a parameter becomes NaN or infinite.
 
+    A program that raises an error of its own on such numbers, as ``torch.linalg.cholesky`` does, is not covered:
+    the error ends the run under every policy, unless parameters have become NaN or infinite before. Of a
+    validation objective, -inf is no fault, but the value of a datum that the model cannot make; an epoch of such
+    a value is never the best.
+
     Args:
         policy: "stop" ends the run with `ppl_vae.NonFiniteError`. "skip" takes no step along such numbers:
             parameters, buffers and the optimizer's state stay as they are, and the next batch comes. Of several
             steps that a batch makes, those before the first such one are taken. Numbers are looked at before each
             step, which on CUDA waits for the device, and rules out replaying steps as one launch. A validation
-            objective that is NaN, or a parameter that the step itself makes infinite, ends the run. "back" goes
-            back to the start of the epoch, all random streams included, and on with half the learning rates.
+            objective that is NaN or inf, or a parameter that the step itself makes infinite, ends the run. "back"
+            goes back to the start of the epoch, all random streams included, and on with half the learning rates;
+            where the same datum is to blame at the same step again, that did not help, and the run ends.
         most: how often a run may skip or go back; after that it ends as under "stop".
         folder: where the first ten of a run, and that which ends it, are saved for `load_fault`; made where it is
             not there, in a folder that is. None saves nothing.
 
     Raises:
-        ValueError: an unknown policy; ``most`` below one; a folder that could not be made.
+        ValueError: an unknown policy; ``most`` no whole number or below one; a folder that is no path, is a file,
+            or could not be made.
     """
 
     policy: Policy = "stop"
@@ -63,9 +72,18 @@ class Faults:
     def __post_init__(self) -> None:
         if self.policy not in ("stop", "skip", "back"):
             raise ValueError(f"policy must be 'stop', 'skip' or 'back', got {self.policy!r}")
+        if isinstance(self.most, bool):
+            raise ValueError(f"most must be a whole number, got {self.most}")
         at_least_one(most=self.most)
-        if self.folder is not None and own_rank() == 0 and not Path(self.folder).parent.is_dir():
-            raise ValueError(f"folder: cannot make {self.folder} (there is no folder {Path(self.folder).parent})")
+        if self.folder is None:
+            return
+        if not isinstance(self.folder, str | os.PathLike):
+            raise ValueError(f"folder must be a path, or None to save nothing, got {self.folder!r}")
+        folder = Path(self.folder)
+        if own_rank() == 0 and folder.exists() and not folder.is_dir():
+            raise ValueError(f"folder: {folder} is a file; give a folder, or a name that is free")
+        if own_rank() == 0 and not folder.parent.is_dir():
+            raise ValueError(f"folder: cannot make {folder} (there is no folder {folder.parent})")
 
 
 @dataclass(frozen=True)
@@ -117,19 +135,21 @@ class Suspect(NamedTuple):
         batch: as the model saw it.
         rows: its rows in the data; None of a stream.
         number: of the batch in its epoch, from 0.
+        sure: whether it is that of the step, and not what an iterable gave in its place when it was run again.
     """
 
     step: int
     batch: Batch
     rows: Tensor | None
     number: int
+    sure: bool = True
 
 
 def trained_on(feed: Feed, seed: int, epoch: int, first: int, steps: range) -> Iterator[Suspect]:
     """The batches of some steps of an epoch, once more; the epoch's begins after ``first`` steps."""
-    batches = feed.source.epoch(feed.size, seed, epoch)
+    batches, sure = feed.source.epoch(feed.size, seed, epoch), _repeats(feed.source)
     for number, batch in islice(enumerate(batches), steps.start - first - 1, steps.stop - first - 1):
-        yield Suspect(first + number + 1, batch, rows_of(feed, seed, epoch, number), number)
+        yield Suspect(first + number + 1, batch, rows_of(feed, seed, epoch, number), number, sure)
 
 
 def judged_on(valid: Feed, number: int, step: int) -> Iterator[Suspect]:
@@ -140,7 +160,17 @@ def judged_on(valid: Feed, number: int, step: int) -> Iterator[Suspect]:
         if isinstance(source, Data):
             own = next(islice(source.own_slices(valid.size), number, None))
             rows = torch.arange(own.start, own.stop)
-        yield Suspect(step, batch, rows, number)
+        yield Suspect(step, batch, rows, number, _repeats(source))
+
+
+def _repeats(source: Source) -> bool:
+    """Whether a source is known to give the same batches again, random streams being what they were."""
+    if isinstance(source, Data) or source.shuffled is not None:
+        return True
+    made = source.source
+    if isinstance(made, DataLoader):
+        return made.generator is None and not isinstance(made.dataset, IterableDataset)
+    return isinstance(made, list | tuple)
 
 
 def rows_of(feed: Feed, seed: int, epoch: int, number: int) -> Tensor | None:
@@ -179,9 +209,14 @@ class FaultLog:
     Args:
         run: the run.
         faults: what is asked for.
+
+    Raises:
+        ValueError: something else is asked for.
     """
 
     def __init__(self, run: Run, faults: Faults) -> None:
+        if not isinstance(faults, Faults):
+            raise ValueError(f"faults: expected Faults, such as Faults('skip'), got {faults!r}")
         self.run, self.faults = run, faults
 
     def bears(self, policy: Policy) -> bool:
@@ -189,7 +224,10 @@ class FaultLog:
         return self.faults.policy == policy and len(self.run.faults) < self.faults.most
 
     def record(self, wrong: WrongError, action: str, weights_step: int) -> Fault:
-        """Find out where numbers went wrong, under the parameters that the pair has; save it, and list it."""
+        """Find out where numbers went wrong, under the parameters that the pair has; save it, and list it.
+
+        What is to be done about it becomes "stopped" where it is what going back was to mend.
+        """
         run = self.run
         with seeded(None, run.pair.device):
             suspect, told = self._look(wrong)
@@ -199,12 +237,28 @@ class FaultLog:
         first = min(known or tellers, key=lambda t: (not t["columns"], t["step"], t["datum"] is None, t["rank"]))
         rank, columns = first.pop("rank"), first.pop("columns") or [None]
         first["cause"] = first["cause"] or (TOO_LARGE if wrong.before else UNFOUND)
-        fault = Fault(epoch=run.epoch + 1, what=wrong.what, action=action, **first)
+        several = count_ranks() > 1 and first["batch"] is not None
+        fault = Fault(epoch=run.epoch + 1, what=wrong.what, action=action, rank=rank if several else None, **first)
+        if action == "went back" and self._same(fault):
+            action = "stopped"
+            fault = replace(fault, cause=f"{fault.cause} (going back did not help)", action=action)
         if self.faults.folder is not None and (len(run.faults) < SAVED or action == "stopped"):
             state |= self._batch(suspect if rank == own_rank() else None, columns)
             fault = replace(fault, file=self._save(fault, state))
         run.faults.append(fault)
         return fault
+
+    def _same(self, fault: Fault) -> bool:
+        """Whether training went back because of the same datum at the same step just before.
+
+        Of a step that is too large for all of a batch the same is to be expected, until rates are small enough.
+        """
+
+        def place(one: Fault) -> tuple[Any, ...]:
+            return one.epoch, one.step, one.site, one.datum, one.batch, one.rank
+
+        before = [other for other in self.run.faults[-1:] if other.action == "went back"]
+        return fault.datum is not None and [place(fault)] == [place(other) for other in before]
 
     def _look(self, wrong: WrongError) -> tuple[Suspect | None, dict[str, Any]]:
         """The first suspect on which numbers go wrong, or else the last, and what there is to tell."""
@@ -219,13 +273,16 @@ class FaultLog:
                 continue
             told |= {"step": suspect.step, "cause": found.what, "site": found.site}
             if found.row is not None:
-                datum, of = found.row, f" of batch {suspect.number}"
+                whose = f" of process {own_rank()}" if count_ranks() > 1 else ""
+                datum, of = found.row, f" of batch {suspect.number}{whose}"
                 if suspect.rows is not None:
                     datum, of = int(suspect.rows[found.row]), ""
                 told |= {"datum": datum, "batch": suspect.number if of else None}
                 told["cause"] = found.what.format(datum=f"datum {datum}{of}")
             if suspect.step != wrong.step:
                 told["cause"] += f", at step {suspect.step}"
+            if not suspect.sure:
+                told["cause"] += ", if the data's iterable gave the same again"
             break
         return suspect, told
 
@@ -249,15 +306,18 @@ class FaultLog:
         """Write the file, in the first process; warn of what keeps it from being written."""
         again, folder = sum(other.step == fault.step for other in self.run.faults), Path(str(self.faults.folder))
         path = folder / f"step-{fault.step:06d}{f'-{again + 1}' if again else ''}.safetensors"
-        if own_rank() != 0:
+
+        def write() -> str | None:
+            try:
+                folder.mkdir(exist_ok=True)
+                pack(path, KIND, {"fault": asdict(fault)} | state)
+            except (OSError, ValueError) as error:  # what the run does about its numbers is not to depend on it
+                warnings.warn(f"faults: {path} was not saved ({error})", UserWarning, stacklevel=2)
+                return None
             return str(path)
-        try:
-            folder.mkdir(exist_ok=True)
-            pack(path, KIND, {"fault": asdict(fault)} | state)
-        except (OSError, ValueError) as error:  # what the run does about its numbers is not to depend on it
-            warnings.warn(f"faults: {path} was not saved ({error})", UserWarning, stacklevel=2)
-            return None
-        return str(path)
+
+        file: str | None = from_first(write)
+        return file
 
 
 def smaller_step(run: Run) -> None:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["PathLike", "expanded", "open_regular", "parse_json", "read_text", "require_folder", "write_whole"]
+__all__ = ["PathLike", "brief", "expanded", "look", "open_regular", "parse_json", "read_text", "require_folder"]
+__all__ += ["resolved", "write_whole"]
 
 PathLike = str | os.PathLike[str]
+MOST_SHOWN = 400  # characters of a path in a message
 
 
 def require_folder(path: PathLike) -> None:
@@ -51,6 +53,52 @@ def expanded(path: PathLike) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def look(path: PathLike, argument: str) -> os.stat_result | None:
+    """What there is at a path, links followed; None where nothing is.
+
+    Args:
+        path: where.
+        argument: where it came from, for the message.
+
+    Raises:
+        ValueError: it cannot be told: a folder on the way cannot be read, the name is too long, a link leads
+            back to itself.
+    """
+    try:
+        return Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name with a null character
+        return None
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: cannot look at {brief(path)} ({error.strerror}); make it readable, or give another path"
+        ) from error
+
+
+def resolved(path: PathLike, argument: str) -> Path:
+    """A path with all links in it followed.
+
+    Args:
+        path: it need not be there.
+        argument: where it came from, for the message.
+
+    Raises:
+        ValueError: a link leads back to itself, or a folder on the way cannot be read.
+    """
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # a loop is the latter before Python 3.13
+        why = error.strerror if isinstance(error, OSError) else "a link leads back to itself"
+        raise ValueError(
+            f"{argument}: cannot follow {brief(path)} ({why}); remove the link, or make its folder readable"
+        ) from error
+
+
+def brief(path: PathLike) -> str:
+    """A path to show in a message: of one too long for any file, its beginning and end."""
+    text = os.fspath(path)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN // 2]}...{text[-MOST_SHOWN // 2 :]}"
 
 
 def open_regular(path: PathLike) -> BinaryIO:

@@ -193,7 +193,7 @@ def _seed_flag(p: argparse.ArgumentParser) -> None:
 
 def _place_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", metavar="TEXT", help="other data, or where the run's data are now")
-    p.add_argument("--data-dir", metavar="DIR", help="where the files of mnist, fashion-mnist or cifar10 are now")
+    p.add_argument("--data-dir", metavar="DIR", help="folder with the files of mnist, fashion-mnist or cifar10")
 
 
 def _count(text: str) -> int:

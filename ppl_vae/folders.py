@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +30,8 @@ from torch import Tensor
 from ppl_vae.checkpoint import load_weights
 from ppl_vae.config import Config, build, images_of, presented
 from ppl_vae.data import Images, Split
-from ppl_vae.files import PathLike, parse_json, read_text, write_whole
-from ppl_vae.limits import Bounded
+from ppl_vae.files import PathLike, brief, look, parse_json, read_text, resolved, write_whole
+from ppl_vae.limits import BeyondError, Bounded
 from ppl_vae.packing import read_entries
 from ppl_vae.resuming import Checkpoints
 from ppl_vae.rng import seeded
@@ -45,6 +47,7 @@ RECORD, WEIGHTS, METRICS, RESULTS = "run.json", "weights.safetensors", "metrics.
 TABLE, EACH = "results.csv", "per_datum.csv"
 FIGURES, EVENTS, FILM, CHECKPOINTS, FAULTS = "figures", "tensorboard", "film.gif", "checkpoints", "faults"
 FIRST = "first-stage.safetensors"  # in the folder of checkpoints: the program before its prior is learned
+CUT_OFF = re.compile(r"\..+\.\d+\.part")  # what a kill leaves of a file
 DRAWN = ("curves.png", "reconstructions.png", "latent.png", "labels.png", "samples.png", "plane.png", "codes.png")
 JUDGED = ("bounds.png", "khat.png", "annealing.png", "sandwich.png", "gaps.png", "calibration.png")
 
@@ -99,7 +102,7 @@ def shown(run: RunFolder, split: Split) -> tuple[Tensor, ...]:
 def load_run(folder: PathLike) -> RunFolder:
     """Read a run folder, its program in evaluation mode; nothing in it is executed, and nothing written.
 
-    The program is built of no more numbers than the file of weights has some for, whatever the settings say.
+    While the program is built it takes memory in proportion to its weights, whatever the settings say.
 
     Raises:
         ValueError: no run there, or one that is damaged or of a newer format; the message says which.
@@ -107,20 +110,23 @@ def load_run(folder: PathLike) -> RunFolder:
     path = Path(folder)
     held = _read_record(path)
     config, shape, classes = _known(path, held)
-    if not (path / WEIGHTS).is_file():
+    if (found := look(path / WEIGHTS, "run")) is None or not stat.S_ISREG(found.st_mode):
         raise ValueError(f"run: no weights at {path / WEIGHTS}")
     try:
         entries = read_entries(path / WEIGHTS)
     except ValueError as error:
         raise ValueError(f"run: {str(error).removeprefix('path: ')}") from error
-    # A number takes four bytes, and is made once, give or take some passing ones.
-    within = Bounded(2**20 + sum(entry.size for entry in entries.values()) // 2, 1000 + 16 * len(entries))
+    # Once for what is kept, and as much for what passes, twice over.
+    within = Bounded(2**24 + 4 * sum(entry.size for entry in entries.values()), 1000 + 16 * len(entries))
     try:
         with within:
             program = build(config, shape, len(classes))
+    except BeyondError as error:
+        larger = f"{path / RECORD} describes a program far larger than the weights in {WEIGHTS} ({error})"
+        raise ValueError(f"run: {larger}; one of the two is not the run's own: copy both again") from error
     except (ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"run: {path / RECORD} is of a program without weights in {WEIGHTS}: {why}") from error
+        raise ValueError(f"run: {path / RECORD} describes no program that can be built: {why}") from error
     program.eval()  # a codebook in training moves whenever it is run
     try:
         load_weights(program, path / WEIGHTS)  # type: ignore[arg-type]
@@ -184,7 +190,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     try:
         held = parse_json(read_text(path / RECORD, MOST_RECORD))
     except OSError as error:
-        raise ValueError(f"run: no run folder at {path} ({error.strerror}: {RECORD})") from error
+        raise ValueError(f"run: no run folder at {brief(path)} ({error.strerror}: {RECORD})") from error
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"run: {path / RECORD} is damaged ({error})") from error
     if not isinstance(held, dict) or "format" not in held:
@@ -229,7 +235,7 @@ def refuse_if_in_use(path: Path, force: bool) -> None:
     """Raise ValueError for a folder with something else in it or, unless ``force``, with a run."""
     refuse_links(path)
     try:
-        if not path.exists() or not any(path.iterdir()):
+        if not path.exists() or all(CUT_OFF.fullmatch(file.name) for file in path.iterdir()):
             return
     except OSError as error:
         raise ValueError(f"out: cannot write to {path} ({error.strerror})") from error
@@ -241,9 +247,13 @@ def refuse_if_in_use(path: Path, force: bool) -> None:
 
 def refuse_links(path: Path) -> None:
     """Raise ValueError where writing into a run folder would write, or delete, outside it: a link leads there."""
-    inside = path.resolve()
+    inside = resolved(path, "run")
     for name in (RECORD, WEIGHTS, METRICS, RESULTS, TABLE, EACH, FIGURES, EVENTS, CHECKPOINTS, FAULTS):
-        if (path / name).is_symlink() and not (path / name).resolve().is_relative_to(inside):
+        try:
+            linked = (path / name).is_symlink()
+        except OSError as error:
+            raise ValueError(f"run: cannot look into {path} ({error.strerror}); make it readable") from error
+        if linked and not resolved(path / name, "run").is_relative_to(inside):
             raise ValueError(f"run: {path / name} is a link that leads out of the folder; remove it first")
 
 
@@ -258,9 +268,9 @@ def open_folder(path: Path) -> Path:
 
 
 def clear(path: Path) -> None:
-    """Delete what a run writes, and nothing else."""
+    """Delete what a run writes, and nothing else; what makes it a run goes last, in case this is cut off."""
     figures = (f"{FIGURES}/{name}" for name in (*DRAWN, *JUDGED, FILM))
-    for name in (RECORD, WEIGHTS, METRICS, RESULTS, TABLE, EACH, *figures):
+    for name in (WEIGHTS, METRICS, RESULTS, TABLE, EACH, *figures):
         (path / name).unlink(missing_ok=True)
     if (path / EVENTS).is_dir():
         shutil.rmtree(path / EVENTS)
@@ -268,6 +278,9 @@ def clear(path: Path) -> None:
     (path / CHECKPOINTS / FIRST).unlink(missing_ok=True)
     for file in (path / FAULTS).glob("step-*.safetensors"):
         file.unlink()
+    (path / RECORD).unlink(missing_ok=True)
     for folder in (path / FIGURES, path / CHECKPOINTS, path / FAULTS, path):
+        for file in [] if not folder.is_dir() else [f for f in folder.iterdir() if CUT_OFF.fullmatch(f.name)]:
+            file.unlink()
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

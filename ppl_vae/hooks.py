@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -68,8 +68,10 @@ class Progress(Hook):
         self.disable = disable
         self.bar: Any = None
 
-    def on_start(self, run: Run) -> None:
-        """Open the bar."""
+    def on_step(self, run: Run) -> None:
+        """Open the bar; not before, for a resumed run has done some epochs then."""
+        if self.bar is not None:
+            return
         from tqdm.auto import tqdm
 
         self.bar = tqdm(total=run.epochs, initial=run.epoch, unit="epoch", disable=self.disable, leave=True)
@@ -79,13 +81,14 @@ class Progress(Hook):
         self.bar.set_postfix_str(f"train {value:.2f} nats, {rate:,.0f}/s" + self._valid(run) + self._faults(run))
 
     def on_epoch(self, run: Run) -> None:
-        """Show how many epochs are done; several more than before where a run was resumed."""
+        """Show how many epochs are done."""
         self.bar.update(run.epoch - self.bar.n)
 
     def on_end(self, run: Run) -> None:
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
 
     @staticmethod
     def _faults(run: Run) -> str:
@@ -138,7 +141,13 @@ class EarlyStop(Hook):
         return {"best": self.best, "since": self.since}
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on counting.
+
+        Raises:
+            TypeError: the state is not that of one.
+        """
+        if type(state["best"]) is not float or type(state["since"]) is not int or state["since"] < 0:
+            raise TypeError("EarlyStop: its state must be the best bound, and how many epochs ago that was")
         self.best, self.since = state["best"], state["since"]
 
 
@@ -207,14 +216,11 @@ class LogCSV(Hook):
 
     def on_start(self, run: Run) -> None:
         """Start the file anew; it stays empty until an epoch is done."""
-        try:
-            self.path.write_text("")
-        except OSError as error:
-            raise ValueError(f"path: cannot write {self.path} ({error.strerror})") from error
+        self._write("w", [])
 
     def on_epoch(self, run: Run) -> None:
         """Append the epoch's row."""
-        self._append(run.history[-1:])
+        self._write("a", run.history[-1:])
 
     def state(self) -> dict[str, Any]:
         """Nothing of its own: the history has it all."""
@@ -222,16 +228,18 @@ class LogCSV(Hook):
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
         """Write the rows of the epochs that are done, and no others."""
-        self.path.write_text("")
-        self._append(run.history)
+        self._write("w", run.history)
 
-    def _append(self, rows: list[dict[str, float]]) -> None:
-        with self.path.open("a", newline="") as file:
-            for row in rows:
-                writer = csv.DictWriter(file, fieldnames=list(row))
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
+    def _write(self, mode: Literal["w", "a"], rows: list[dict[str, float]]) -> None:
+        try:
+            with self.path.open(mode, newline="") as file:
+                for row in rows:
+                    writer = csv.DictWriter(file, fieldnames=list(row))
+                    if file.tell() == 0:
+                        writer.writeheader()
+                    writer.writerow(row)
+        except OSError as error:
+            raise ValueError(f"path: cannot write {self.path} ({error.strerror})") from error
 
 
 class LogTensorBoard(Hook):

@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ppl_vae.batches import Data
 from ppl_vae.capture import Captured
 from ppl_vae.diagnosis import buffers_of, first_wrong, put_back
 from ppl_vae.faults import (
@@ -30,13 +29,14 @@ from ppl_vae.faults import (
 )
 from ppl_vae.graphs import first_line
 from ppl_vae.hooks import Hook
+from ppl_vae.identity import at_a_glance, looked_at_closely
 from ppl_vae.joining import Joined
-from ppl_vae.ranks import alone, count_ranks, gathered, own_rank
+from ppl_vae.ranks import RankError, alone, count_ranks, gathered, joint_mean, own_rank
 from ppl_vae.resuming import Checkpoints, RunState, load_random, random_streams
 from ppl_vae.rng import seeded
 from ppl_vae.running import Fault, NonFiniteError, Pending, Run, numbers, snapshot
 from ppl_vae.steps import Feed, Share, Stepper
-from ppl_vae.updates import UntakenError, Update
+from ppl_vae.updates import UntakenError
 
 __all__ = ["Loop"]
 
@@ -63,14 +63,15 @@ class Loop:
         self.checkpoints = checkpoints
         self.every_step, self.report_every, self.seed = every_step, report_every, seed
         self.parameters = [p for update in run.updates for p in update.parameters]
+        self.faults = FaultLog(run, faults)
         self.guarded = faults.policy == "skip"
         self.steppers = [Stepper(update, run.engine, train, self.guarded) for update in run.updates]
-        self.faults = FaultLog(run, faults)
         self.valid = None if valid is None else (valid, self.captured(valid))
         self.first = 0  # the first step of this epoch
-        self.state = RunState(run, hooks, self.settings(seed), self.details())
+        closer = looked_at_closely(run, train, valid, "step" if every_step else "epoch")
+        self.state = RunState(run, hooks, at_a_glance(run, train, seed), closer)
         self.joined = Joined(run, seed)
-        self.joined.begin(self.state.settings | self.state.details)
+        self.joined.begin(self.state.settings | self.state.details | self.alike(faults))
         self.best: dict[str, Tensor] | None = None
         self.pending = Pending()
         self.good = self.latest = Held(run)  # the latest is good once its objective is finite
@@ -90,8 +91,8 @@ class Loop:
         """Run to the end, and call ``on_end`` however it comes."""
         run = self.run
         held = None if self.checkpoints is None else self.state.find(self.checkpoints)
-        if self.checkpoints is not None and held is None:  # told before hooks start files of theirs anew
-            self.checkpoints.write(0, self.state.take(None))
+        if self.checkpoints is not None:  # told before hooks start files of theirs anew
+            self.prepare(self.checkpoints, fresh=held is None)
         try:
             self.call("on_start")
             self.begin(held)
@@ -166,7 +167,7 @@ class Loop:
                 "per_second": count / seconds,
             }
         )
-        if self.valid is not None and mean >= run.best:
+        if self.valid is not None and mean >= run.best > -math.inf:
             run.best_epoch, self.best = run.epoch, snapshot(run.pair)
         self.adjust(run.history[-1]["train"] if self.valid is None else mean)
         self.call("on_epoch")
@@ -175,6 +176,18 @@ class Loop:
         if self.checkpoints is not None and (over or run.epoch % self.checkpoints.every == 0):
             self.checkpoints.write(run.epoch, self.state.take(self.best))
         self.keep()
+
+    def prepare(self, checkpoints: Checkpoints, *, fresh: bool) -> None:
+        """Write the first checkpoint; see that there is room for others, or leave nothing."""
+        if fresh:
+            checkpoints.write(0, self.state.take(None))
+        moments = max(2 if "betas" in update.optimizer.defaults else 1 for update in self.run.updates)
+        try:  # the parameters as they are and the best ones, and what an optimizer keeps of each
+            checkpoints.check_room(1 + self.run.validated + moments if fresh else 1)
+        except ValueError:
+            if fresh:
+                checkpoints.clear()
+            raise
 
     def begin(self, held: dict[str, Any] | None) -> None:
         """Go on from a checkpoint, or write the first, now with what hooks have at the start."""
@@ -185,27 +198,15 @@ class Loop:
             self.checkpoints.write(0, self.state.take(None))
         self.keep()
 
-    def settings(self, seed: int) -> dict[str, Any]:
-        """What decides the numbers of a run besides what is in its state, as far as a glance tells."""
-        run, source = self.run, self.train.source
+    def alike(self, faults: Faults) -> dict[str, Any]:
+        """What several processes must be given alike besides, lest one waits for what another does not do."""
+        kept = self.checkpoints
         return {
-            "seed": seed,
-            "batch_size": self.train.size,
-            "rows": len(source) if isinstance(source, Data) else None,
-            "updates": [[type(u.optimizer).__name__, u.precision, u.clip_norm] for u in run.updates],
-            "schedules": [type(schedule).__name__ for schedule in run.schedules],
-        }
-
-    def details(self) -> dict[str, Any]:
-        """The same on a closer look, at the start of a run."""
-        run = self.run
-        return {
-            "scheduler_every": "step" if self.every_step else "epoch",
-            "data": _data(self.train),
-            "valid": None if self.valid is None else _data(self.valid[0]),
-            "objective": _made_of(run.objective),
-            "groups": [_groups(update) for update in run.updates],
-            "schedules": [str(schedule.state_dict()) for schedule in run.schedules],
+            "epochs": self.run.epochs,
+            "report_every": self.report_every,
+            "checkpoints (on every process, though the first alone writes)": None if kept is None else kept.every,
+            "faults": [faults.policy, faults.most, faults.folder is None],
+            "hooks": [type(hook).__name__ for hook in self.hooks if hook.everywhere],
         }
 
     def looks_again(self) -> bool:
@@ -226,18 +227,30 @@ class Loop:
         held = [buffer.clone() for buffer in self.buffers] if self.guarded else []
         random = random_streams(self.run.pair.device) if self.guarded else {}
         try:
-            values = [stepper(own.item, own.rows) for stepper in self.steppers]
+            values = [self.taken(stepper, own) for stepper in self.steppers]
         except UntakenError as error:
             put_back(self.buffers, held)
             self.skip(error, own, random)
             return None
+        return values[0]
+
+    def taken(self, stepper: Stepper, own: Share) -> Tensor:
+        """Take one of a batch's steps; where it fails under parameters gone wrong, that is what went wrong."""
+        try:
+            return stepper(own.item, own.rows)
         except (RuntimeError, ValueError) as error:
-            if count_ranks() > 1 or self.finite():  # the others wait for this one's gradients
+            if isinstance(error, RankError) or self.finite():
                 raise
             step = self.run.step + 1
-            what = f"a parameter became NaN or infinite before step {step}, which failed ({first_line(error)})"
-            raise WrongError(what, step, partial(self.again, step)) from error
-        return values[0]
+            if not self.several:
+                what = f"a parameter became NaN or infinite before step {step}, which failed ({first_line(error)})"
+                raise WrongError(what, step, partial(self.again, step)) from error
+        # Another process may have met data on which it does not fail, and waits: it gets NaN, and all find that.
+        like = [self.parameters[0].new_tensor(math.nan), *stepper.update.parameters]
+        means, _ = joint_mean([like[0], *(None for _ in like[1:])], like, max(own.rows, 1))
+        if self.guarded:
+            raise UntakenError(stepper.update, means[0], [])
+        return means[0]
 
     def skip(self, error: UntakenError, own: Share, random: dict[str, Tensor]) -> None:
         """Leave a batch out, or raise NonFiniteError where that has been done too often."""
@@ -292,7 +305,7 @@ class Loop:
         if wrong.before:
             run.pair.load_state_dict(self.good.weights)
         fault = self.faults.record(wrong, "went back" if back else "stopped", self.good.step)
-        if not back or self.kept is None:
+        if fault.action == "stopped" or self.kept is None:
             self.fail(fault)
         listed = [*run.faults]
         self.best = self.state.put(copy.deepcopy(self.kept))
@@ -336,9 +349,10 @@ class Loop:
         finally:
             goal.load_state_dict(annealed, strict=False)
         values = gathered(_joint(parts, pair.device)).cpu()
-        if values.isnan().any():
-            wrong = next((i for i, part in enumerate(parts) if part.isnan().any()), len(parts))
-            what = f"the validation objective became nan after step {self.run.step}"
+        if not bool((values < math.inf).all()):  # -inf is that of a datum which the model cannot make
+            value = float(values[~(values < math.inf)][0])
+            wrong = next((i for i, part in enumerate(parts) if not bool((part < math.inf).all())), len(parts))
+            what = f"the validation objective became {value} after step {self.run.step}"
             raise WrongError(what, self.run.step, partial(judged_on, valid, wrong, self.run.step), before=False)
         return float(values.mean()), self.spread(parts)
 
@@ -353,25 +367,3 @@ class Loop:
 def _joint(parts: list[Tensor], device: torch.device) -> Tensor:
     """Values of all batches; a process may have none."""
     return torch.cat(parts).double() if parts else torch.zeros(0, dtype=torch.float64, device=device)
-
-
-def _data(feed: Feed) -> Any:
-    """What tells data in memory from others: shapes, and the sums of columns; of a stream, nothing."""
-    if not isinstance(feed.source, Data):
-        return None
-    return [[list(c.shape), float(c.sum(dtype=torch.float64))] for c in feed.source.columns]
-
-
-def _made_of(module: nn.Module) -> Any:
-    """The kinds of an objective and of its parts, with their numbers."""
-    return [
-        [name, type(m).__name__]
-        + [f"{k}={v}" for k, v in sorted(vars(m).items()) if type(v) in (int, float, str) and k[0] != "_"]
-        + [f"{k}={b.tolist()}" for k, b in m._buffers.items() if b is not None and b.numel() == 1]
-        for name, m in module.named_modules()
-    ]
-
-
-def _groups(update: Update) -> str:
-    """The settings of an optimizer's groups, and how many parameters each has."""
-    return str([{**group, "params": len(group["params"])} for group in update.optimizer.param_groups])

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.files import PathLike, open_regular, parse_json, write_whole
+from ppl_vae.files import PathLike, brief, open_regular, parse_json, write_whole
 from ppl_vae.limits import MEMORY, memory_limit
 
-__all__ = ["DamagedError", "Entry", "pack", "read_entries", "read_tensors", "unpack"]
+__all__ = ["DamagedError", "Entry", "pack", "read_entries", "read_tensors", "require_readable", "unpack"]
 
 VERSION = 1
 WHOSE = "ppl_vae"
@@ -82,7 +82,17 @@ def pack(path: PathLike, kind: str, state: Any) -> Path:
         many = len(tensors) > MOST_TENSORS
         found = f"{len(tensors)} tensors" if many else f"{len(header)} bytes beside its tensors"
         raise ValueError(f"{kind}: {found} are more than a file is read back with; keep less in it")
+    require_readable(kind, sum(value.nbytes for value in tensors.values()))
     return write_whole(path, lambda file: _write(file, header, tensors))
+
+
+def require_readable(kind: str, size: int) -> None:
+    """Raise ValueError if a file with so many bytes of tensors would be refused when it is read back."""
+    if size > memory_limit():
+        raise ValueError(
+            f"{kind}: {size / 2**30:.1f} GiB of tensors are more than a file is read back with; "
+            f"set {MEMORY} to more in the environment, now and whenever it is read"
+        )
 
 
 def _header_of(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
@@ -141,7 +151,7 @@ def read_tensors(path: PathLike, check: Check) -> tuple[dict[str, str], dict[str
     with _reading(path) as file:
         about, entries = _header(file, path)
         check(about, entries)
-        tensors = {name: _tensor(file, name, entry) for name, entry in entries.items()}
+        tensors = {name: _tensor(file, path, name, entry) for name, entry in entries.items()}
         if file.read(1):
             raise _Broken("more bytes than its header says")
     return about, tensors
@@ -166,9 +176,9 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
     except _Broken as error:
         raise DamagedError(f"path: {path} is damaged, or no safetensors file ({error})") from error
     except FileNotFoundError as error:
-        raise ValueError(f"path: there is no file {path}") from error
+        raise ValueError(f"path: there is no file {brief(path)}") from error
     except OSError as error:
-        raise ValueError(f"path: cannot read {path} ({error.strerror or error})") from error
+        raise ValueError(f"path: cannot read {brief(path)} ({error.strerror or error})") from error
 
 
 class _Broken(Exception):  # noqa: N818 - it stays here
@@ -224,9 +234,13 @@ def _place(name: str, value: Any) -> tuple[int, int, Entry]:
     return place[0], place[1], Entry(TYPES[dtype], tuple(shape))
 
 
-def _tensor(file: BinaryIO, name: str, entry: Entry) -> Tensor:
+def _tensor(file: BinaryIO, path: Path, name: str, entry: Entry) -> Tensor:
     """The next tensor of a file."""
-    flat = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
+    try:
+        flat = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
+    except (RuntimeError, MemoryError) as error:  # torch's allocator has the former
+        needed = f"{name[:60]!r} takes {entry.size / 2**30:.1f} GiB, which this machine has not"
+        raise ValueError(f"path: cannot read {path}: {needed}; free some memory, or read it elsewhere") from error
     raw = flat.view(torch.uint8)
     if raw.numel() and file.readinto(raw.numpy().data) != raw.numel():  # type: ignore[attr-defined]
         raise _Broken("it ends too early")

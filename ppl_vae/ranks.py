@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -17,28 +20,25 @@ import torch
 from torch import Tensor, distributed
 
 __all__ = ["RankError", "alone", "any_rank", "check_alike", "check_equal", "connected", "count_ranks"]
-__all__ += [
-    "first_bytes",
-    "first_rank",
-    "from_all",
-    "from_first",
-    "gathered",
-    "joint_mean",
-    "over_ranks",
-    "own_count",
-]
-__all__ += ["own_rank", "own_rows", "process_group", "share"]
+__all__ += ["first_bytes", "first_rank", "from_all", "from_first", "gathered", "joint_mean", "over_ranks"]
+__all__ += ["own_count", "own_rank", "own_rows", "process_group", "share"]
 
 # A process that ends is noticed when its connections close. This is for one that hangs, or whose machine is gone,
 # and it must not come between processes of which one compiles its first step while the others wait.
 TIMEOUT = timedelta(minutes=10)
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 APART = ContextVar("APART", default=False)
+IDLE = ContextVar("IDLE", default=False)
+STORE: ContextVar[Any] = ContextVar("STORE", default=None)
 LOST = ("gloo", "Connection closed by peer", "pair closure", "NCCL")  # gloo's errors have no class of their own
 
 
 class RankError(RuntimeError):
     """Processes cannot go on together: one of them has ended or hangs, or holds other numbers than the rest."""
+
+
+class FirstFailedError(RankError):
+    """The first process has failed and has said why."""
 
 
 @contextmanager
@@ -67,14 +67,19 @@ def process_group(device: torch.device | str | None = None) -> Iterator[None]:
     on_gpu = str(device or "cuda").startswith("cuda") and torch.cuda.is_available()
     with _own_gpu(device) if on_gpu else nullcontext():
         try:
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+            store, rank, count = next(distributed.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
+            how: dict[str, Any] = {"rank": rank, "world_size": count, "timeout": TIMEOUT}
+            how["store"] = distributed.PrefixStore(_life(store, rank, count), store)  # type: ignore[attr-defined]
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **how)
         except RuntimeError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             number = os.environ["RANK"]
             raise RankError(f"process {number} cannot reach the others at {where} ({error})") from error
+        before = STORE.set(how["store"])
         try:
             yield
         finally:
+            STORE.reset(before)
             distributed.destroy_process_group()
 
 
@@ -110,8 +115,22 @@ def own_count(size: int) -> int:
     return int(rows.stop - rows.start)
 
 
+@contextmanager
+def idle() -> Iterator[None]:
+    """For what one process computes only to keep in step: in the block it adds nothing to sums over all."""
+    before = IDLE.set(True)
+    try:
+        yield
+    finally:
+        IDLE.reset(before)
+
+
 def over_ranks(value: Tensor) -> Tensor:
     """The sum over the processes, without a gradient; it can be captured."""
+    return _summed(torch.zeros_like(value) if IDLE.get() else value)
+
+
+def _summed(value: Tensor) -> Tensor:
     if not _together():
         return value
     ops, group = torch.ops._c10d_functional, distributed.group.WORLD
@@ -131,7 +150,7 @@ def first_rank(value: Tensor) -> Tensor:
     """What the first of the processes has, the same for all."""
     if not _together():
         return value
-    return over_ranks(value if distributed.get_rank() == 0 else torch.zeros_like(value))
+    return _summed(value if distributed.get_rank() == 0 else torch.zeros_like(value))
 
 
 def gathered(value: Tensor) -> Tensor:
@@ -142,7 +161,9 @@ def gathered(value: Tensor) -> Tensor:
     """
     if not _together():
         return value
-    own = _carried(value)
+    # As bytes: gloo does not have all types.
+    row = value.shape[1:]
+    own = _carried(value.detach().contiguous()).view(len(value), math.prod(row)).view(torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(count_ranks())]
     with connected():
         distributed.all_gather(sizes, torch.tensor([len(own)], device=own.device))
@@ -150,7 +171,8 @@ def gathered(value: Tensor) -> Tensor:
         padded[: len(own)] = own
         parts = [torch.empty_like(padded) for _ in sizes]
         distributed.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)]).to(value.device)
+    rows = torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)]).to(value.device)
+    return rows.view(-1).view(value.dtype).view(len(rows), *row)
 
 
 def joint_mean(
@@ -205,6 +227,20 @@ def share(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
 
 
+def said_by_first(text: str) -> bool:
+    """Whether the first process ends with the same message, of which it tells the others; called as one ends."""
+    if (store := STORE.get()) is None:
+        return False
+    try:
+        if own_rank() == 0:
+            store.set("ends with", text)
+            return False
+        store.wait(["ends with"], timedelta(seconds=5))
+        return bool(store.get("ends with").decode() == text)
+    except RuntimeError:  # it has not ended, or has taken the store with it
+        return False
+
+
 def first_bytes(make: Callable[[], bytes]) -> bytes:
     """What a function gives the first process, which alone calls it.
 
@@ -225,7 +261,7 @@ def first_bytes(make: Callable[[], bytes]) -> bytes:
     if failed is not None:
         raise failed
     if size < 0:
-        raise RankError(f"process {own_rank()} of {count_ranks()} ends because process 0 failed; see its message")
+        raise FirstFailedError(f"process {own_rank()} ends because process 0 failed; see its message")
     sent = torch.frombuffer(bytearray(data or bytes(size)), dtype=torch.uint8) if size else torch.zeros(0)
     return bytes(_broadcast(sent).numpy().tobytes()) if size else b""
 
@@ -296,10 +332,38 @@ def connected() -> Iterator[None]:
         ) from error
 
 
+def _life(store: Any, rank: int, count: int) -> str:
+    """A name on which exactly the processes agree that live now.
+
+    Torchrun's store outlasts the processes that it starts again, and what the dead left there, such as their
+    addresses, must not be read. Its count of restarts does not tell lives apart, for it is each machine's own.
+    So each process asks under a name that nobody had before, and the first answers until all have heard it.
+    """
+    store, own = distributed.PrefixStore("ppl_vae", store), uuid.uuid4().hex  # type: ignore[attr-defined]
+    if rank:
+        store.set(f"asks {rank}", own)
+        life: str = store.get(f"answer {own}").decode()
+        store.set(f"{life} heard by {rank}", "")
+        return life
+    waiting, end = set(range(1, count)), time.monotonic() + TIMEOUT.total_seconds()
+    while waiting := {other for other in waiting if not store.check([f"{own} heard by {other}"])}:
+        if time.monotonic() > end:
+            raise RuntimeError(f"processes {sorted(waiting)} have not come")
+        for other in waiting:
+            if store.check([f"asks {other}"]):
+                store.set(f"answer {store.get(f'asks {other}').decode()}", own)
+        time.sleep(0.02)
+    return own
+
+
 def _own_gpu(device: torch.device | str | None) -> AbstractContextManager[object]:
     """The GPU of this process's number on its machine, as the current one."""
     local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if torch.device(device or "cuda").index is not None and int(os.environ["WORLD_SIZE"]) > 1:
+    try:
+        numbered = torch.device(device or "cuda").index is not None
+    except RuntimeError as error:
+        raise ValueError(f"device: there is no {str(device)!r}; give 'cuda' or 'cpu'") from error
+    if numbered and int(os.environ["WORLD_SIZE"]) > 1:
         raise ValueError(f"device: {str(device)!r} would be that of all processes; give 'cuda' for one each")
     if local >= there:
         raise ValueError(

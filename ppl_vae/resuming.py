@@ -10,6 +10,7 @@ before it compiles, numbers are the same up to rounding.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -27,11 +28,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ppl_vae.conditionals import at_least_one
-from ppl_vae.files import PathLike
+from ppl_vae.files import PathLike, brief
 from ppl_vae.packing import DamagedError, pack, unpack
 from ppl_vae.ranks import RankError, alone, count_ranks, first_bytes, gathered, own_rank
 from ppl_vae.rng import derived
 from ppl_vae.running import Fault
+from ppl_vae.states import check_best, check_faults, check_optimizer, check_progress, check_schedule
 
 if TYPE_CHECKING:
     from ppl_vae.hooks import Hook
@@ -44,9 +46,7 @@ Resume = Literal["off", "last", "auto"]
 KIND = "checkpoint"
 KEPT = ("epoch", "step", "history", "best_epoch", "stopping", "reason")  # of a run
 NAME = re.compile(r"epoch-(\d+)\.safetensors")
-FUSED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}  # kernels do not ask their sizes
 CUT_OFF = ".epoch-*.part"  # what a kill leaves of a file
-COPIES = 4  # of the parameters in a checkpoint: as they are, the best ones, and two moments of Adam
 
 
 class Checkpoints:
@@ -70,10 +70,18 @@ class Checkpoints:
         self.folder, self.resume, self.every, self.keep = Path(folder), resume, every, keep
 
     def found(self) -> list[Path]:
-        """The files there are, the oldest first."""
-        if not self.folder.is_dir():
-            return []
-        numbered = [(NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
+        """The files there are, the oldest first.
+
+        Raises:
+            ValueError: the folder cannot be read.
+        """
+        try:
+            if not self.folder.is_dir():
+                return []
+            numbered = [(NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
+        except OSError as error:
+            where = brief(self.folder)
+            raise ValueError(f"checkpoints: cannot read {where} ({error.strerror}); make it readable") from error
         return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
     def write(self, epoch: int, state: dict[str, Any]) -> None:
@@ -82,7 +90,7 @@ class Checkpoints:
         Of several processes the first alone writes.
 
         Raises:
-            ValueError: it cannot be written, or it is the first, and the disk has no room for those that follow.
+            ValueError: it cannot be written.
         """
         if own_rank():
             return
@@ -90,21 +98,31 @@ class Checkpoints:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise ValueError(f"checkpoints: cannot make {self.folder} ({error.strerror})") from error
-        path = pack(self.folder / f"epoch-{epoch:06d}.safetensors", KIND, state)
-        if epoch == 0:
-            self._check_room(COPIES * path.stat().st_size)
+        pack(self.folder / f"epoch-{epoch:06d}.safetensors", KIND, state)
         for path in (*self.found()[: -self.keep], *self.folder.glob(CUT_OFF)):
             path.unlink(missing_ok=True)
 
-    def _check_room(self, size: int) -> None:
-        """Raise ValueError, and leave nothing, unless there is room for as many as are kept and one more."""
-        needed, left = (self.keep + 1) * size, shutil.disk_usage(self.folder).free
-        if left < needed:
-            self.clear()
+    def check_room(self, copies: int) -> None:
+        """Look, before training, whether the folder can be written to, and has room for as many as it will hold.
+
+        Args:
+            copies: how many times as large as the newest a later one may be.
+
+        Raises:
+            ValueError: it has not, or cannot.
+        """
+        if own_rank():
+            return
+        there = [path.stat().st_size for path in self.found()]
+        needed = (self.keep + 1) * copies * there[-1] - sum(there)  # one more while it is written
+        disk = shutil.disk_usage(self.folder)
+        if disk.total > 0 and disk.free < needed:  # some file systems do not tell
             raise ValueError(
-                f"checkpoints: the disk of {self.folder} has {left / 1e6:.1f} MB left, and this run needs "
+                f"checkpoints: the disk of {self.folder} has {disk.free / 1e6:.1f} MB left, and this run needs "
                 f"about {needed / 1e6:.1f} MB to keep the last {self.keep}; free some, or take another folder"
             )
+        if not os.access(self.folder, os.W_OK):
+            raise ValueError(f"checkpoints: {self.folder} cannot be written to; mend that before going on")
 
     def clear(self) -> None:
         """Remove all checkpoints."""
@@ -154,6 +172,7 @@ class RunState:
 
     def __init__(self, run: Run, hooks: Sequence[Hook], settings: dict[str, Any], details: dict[str, Any]) -> None:
         self.run, self.hooks, self.settings, self.details = run, hooks, settings, details
+        self.source = ""  # where the state came from, for errors
 
     def find(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
         """The state to go on from, None to start; nothing is changed.
@@ -161,9 +180,11 @@ class RunState:
         Of several processes the first reads it, and the others need no access to the folder.
 
         Raises:
-            ValueError: what `Checkpoints.read` refuses; a checkpoint of another run.
+            ValueError: what `Checkpoints.read` refuses; a checkpoint of another run, or of another version.
+            DamagedError: one with other parts than such a run makes, as only a crafted file has.
             RankError: so in the first process, and this is another.
         """
+        self.source = f" in {checkpoints.folder}"
         if count_ranks() == 1:
             return self._read(checkpoints)
         found: list[dict[str, Any] | None] = []
@@ -180,9 +201,8 @@ class RunState:
         """The state that is kept, if it is of this run."""
         held, run = checkpoints.read(), self.run
         if held is not None:
-            if not isinstance(held, dict) or held.keys() != self.take(None).keys():
-                raise DamagedError(f"resume: the newest checkpoint in {checkpoints.folder} is no state of a run")
-            with _state_of_a_run():
+            self._check_version(held, checkpoints)
+            with _state_of_a_run(self.source):
                 _check_state("settings", held["settings"], self.settings)
                 _check_state("parameters", _shapes(held["pair"]), _shapes(run.pair.state_dict()))
                 _check_state("objective", _shapes(held["objective"]), _shapes(run.objective.state_dict()))
@@ -190,7 +210,33 @@ class RunState:
                 _check_state("details", held["details"], self.details)
                 _check_state("optimizers", len(held["optimizers"]), len(run.updates))
                 _check_state("schedules", len(held["schedules"]), len(run.schedules))
+                self._check_parts(held)
         return held
+
+    def _check_version(self, held: Any, checkpoints: Checkpoints) -> None:
+        """Raise ValueError unless a state has the parts that `take` gives; earlier versions kept no faults."""
+        where = f"resume: the newest checkpoint in {checkpoints.folder}"
+        if not isinstance(held, dict) or "settings" not in held:
+            raise DamagedError(f"{where} is no state of a run")
+        held.setdefault("faults", [])
+        own = self.take(None).keys()
+        if differing := [f"{'lacks' if name in own else 'has'} {name!r}" for name in own ^ held.keys()]:
+            raise DamagedError(
+                f"{where} ({checkpoints.found()[-1].name}) is of another version of ppl_vae (it "
+                f"{', '.join(sorted(differing))[:200]}): finish that run with the version that began it (run.json "
+                "tells which), or start afresh"
+            )
+
+    def _check_parts(self, held: dict[str, Any]) -> None:
+        """Raise TypeError, or what `_state_of_a_run` takes for one, where a part is not what such a run makes."""
+        run = self.run
+        check_progress(held["run"], KEPT, run)
+        check_best(held["best"], run.pair.state_dict())
+        check_faults(held["faults"])
+        for update, state in zip(run.updates, held["optimizers"], strict=True):
+            check_optimizer(state, update.optimizer, scheduled=bool(run.schedules))
+        for schedule, state in zip(run.schedules, held["schedules"], strict=True):
+            check_schedule(state, schedule)
 
     def take(self, best: dict[str, Tensor] | None) -> dict[str, Any]:
         """The state, with the best parameters so far."""
@@ -215,7 +261,7 @@ class RunState:
         Raises:
             DamagedError: it is of another kind than `take` gives, as only a crafted file is.
         """
-        with _state_of_a_run():
+        with _state_of_a_run(self.source):
             return self._put(held)
 
     def _put(self, held: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -227,10 +273,7 @@ class RunState:
         for schedule, state in zip(run.schedules, held["schedules"], strict=True):
             _load_schedule(schedule, state)
         for name in KEPT:
-            own, value = getattr(run, name), held["run"][name]
-            if None not in (own, value) and type(value) is not type(own):
-                raise TypeError(f"{name} is a {type(value).__name__}")
-            setattr(run, name, value)
+            setattr(run, name, held["run"][name])
         run.faults[:] = [Fault(**fault) for fault in held["faults"]]
         for name, hook in self._hooked().items():
             hook.restore(run, held["hooks"][name])
@@ -270,7 +313,7 @@ class RunState:
 
 
 @contextmanager
-def _state_of_a_run() -> Iterator[None]:
+def _state_of_a_run(source: str) -> Iterator[None]:
     """Tell what goes wrong with the parts of a state as damage: whole ones fit each other."""
     try:
         yield
@@ -278,7 +321,7 @@ def _state_of_a_run() -> Iterator[None]:
         raise
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise DamagedError(f"resume: the checkpoint is not of such a run ({why})") from error
+        raise DamagedError(f"resume: the checkpoint{source} is not of such a run ({why})") from error
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -336,8 +379,6 @@ def _load_schedule(schedule: LRScheduler, state: dict[str, Any]) -> None:
     counters = {name for name, value in vars(schedule).items() if isinstance(value, Counter)}
     nested = getattr(schedule, "_schedulers", [])
     states = state.get("_schedulers", [])
-    if state.keys() != schedule.state_dict().keys():  # it would replace whatever attributes it names
-        raise KeyError(f"a {type(schedule).__name__} with {', '.join(map(str, state))[:200]}")
     schedule.load_state_dict({**state, "_schedulers": [{} for _ in nested]} if nested else state)
     for name in counters:
         setattr(schedule, name, Counter(getattr(schedule, name)))
@@ -350,14 +391,9 @@ def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
     Raises:
         ValueError: it is of other groups or parameters.
-        TypeError: its averages are of other shapes than the parameters.
     """
     groups = optimizer.param_groups
     optimizer.load_state_dict(state)
-    for parameter, held in optimizer.state.items():
-        for name in held.keys() & FUSED:
-            if held[name] is not None and held[name].shape != parameter.shape:
-                raise TypeError(f"{name} of shape {tuple(held[name].shape)} for {tuple(parameter.shape)}")
     for group, loaded in zip(groups, optimizer.param_groups, strict=True):
         group.update({name: value for name, value in loaded.items() if name != "params"})
     optimizer.param_groups = groups

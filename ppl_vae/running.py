@@ -46,6 +46,7 @@ class Fault:
         batch: the number of the batch in its epoch, from 0, of a stream; None of data in memory.
         action: "stopped", "skipped" or "went back".
         file: where batch and state are, for `ppl_vae.load_fault`; None where they were not saved.
+        rank: the number of the process that has the batch, of a stream on several; else None.
     """
 
     epoch: int
@@ -57,6 +58,7 @@ class Fault:
     batch: int | None
     action: str
     file: str | None = None
+    rank: int | None = None
 
     def __str__(self) -> str:
         saved = "" if self.file is None else f", saved in {self.file}"
@@ -64,10 +66,11 @@ class Fault:
 
     @property
     def where(self) -> str:
-        """Site, datum and batch, as far as they are known."""
+        """Site, datum, batch and process, as far as they are known."""
         known = [] if self.site is None else [f"site {self.site!r}"]
         known += [] if self.datum is None else [f"datum {self.datum}"]
         known += [] if self.batch is None else [f"batch {self.batch}"]
+        known += [] if self.rank is None else [f"process {self.rank}"]
         return ", ".join(known)
 
 
@@ -86,7 +89,8 @@ class Run:
         engine: how steps and validation run; ``run.engine.describe()`` tells what became of it.
         epoch: epochs done.
         step: steps done.
-        best_epoch: the epoch whose weights the pair holds, by the validation objective; None without one.
+        best_epoch: the epoch whose weights the pair holds, by the validation objective; None without one, or where
+            it was always -inf.
         reason: why the run ended.
         faults: numbers that went wrong, in order.
     """

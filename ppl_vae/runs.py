@@ -30,7 +30,7 @@ from ppl_vae.config import (
 from ppl_vae.data import Images
 from ppl_vae.faults import Faults
 from ppl_vae.figures import draw_figures
-from ppl_vae.files import PathLike
+from ppl_vae.files import PathLike, resolved
 from ppl_vae.film import Film
 from ppl_vae.folders import (
     CHECKPOINTS,
@@ -144,7 +144,7 @@ def train_run(
     path = Path(folder)
     going_on = from_first(lambda: _goes_on(config, path, force, resume))
     device = as_device(config.device)
-    if config.codes is not None and Path(config.codes).resolve() == path.resolve():
+    if config.codes is not None and resolved(config.codes, "codes") == resolved(path, "out"):
         raise ValueError(f"out: {path} is the run whose codes are taken; choose another folder")
     if config.codes is None:
         record, images, task = _whole(config, path)

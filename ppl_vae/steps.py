@@ -17,7 +17,7 @@ from ppl_vae.capture import Captured, Compile, Engine
 from ppl_vae.graphs import CudaGraph, first_line, kind
 from ppl_vae.holding import Key
 from ppl_vae.pairs import Batch
-from ppl_vae.ranks import connected, count_ranks, joint_mean, over_ranks, own_count
+from ppl_vae.ranks import connected, count_ranks, idle, joint_mean, over_ranks, own_count
 from ppl_vae.transforms import Transform
 from ppl_vae.updates import UntakenError, Update, all_finite, clipped, gradients
 
@@ -216,13 +216,20 @@ class _Gradients(Captured):
     def joined(self, arguments: Sequence[Tensor], rows: int) -> tuple[Tensor, list[Tensor | None]]:
         """The same over the rows of all processes."""
         with connected():  # a codebook speaks to the others within
-            value, found = self.computed(arguments)
+            value, found = self.computed(arguments) if rows else self.idling(arguments)
         means, there = joint_mean([value, *found], [value, *self.update.parameters], rows)
         # Another process may have run into another branch of the program, but not within a graph.
         fixed = self.graphs.get(self.running) is not None
         used = [g is not None for g in found] if fixed else there()[1:]
         by_parameter = [g if has else None for g, has in zip(means[1:], used, strict=True)]
         return means[0], clipped(by_parameter, self.update.clip_norm)
+
+    def idling(self, arguments: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """The same of data that do not count; as it is, for a graph would hold that for good."""
+        with idle():
+            value, *_ = self.plain(*arguments)
+        self.running = ()
+        return value, [None for _ in self.update.parameters]
 
     def device_only(self, arguments: Sequence[Tensor]) -> bool:
         """Whether such arguments have a graph all of whose tensors lie on the GPU, so that it can be recorded."""

@@ -1,4 +1,4 @@
-"""``ppl-vae`` under torchrun, of which one process dies in the middle of its first life, if DIES=yes."""
+"""``ppl-vae`` under torchrun, of which that process dies once which has the number DIES, in mid-run."""
 
 import os
 import sys
@@ -17,6 +17,6 @@ def dying(self, moment, *args):
 
 
 if __name__ == "__main__":
-    if (os.environ["DIES"], os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("yes", "0", "1"):
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (os.environ["DIES"], "0"):
         Loop.call = dying
     sys.exit(main())

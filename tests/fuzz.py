@@ -3,10 +3,12 @@
 `python tests/fuzz.py NAME COUNT` gives one loader so many, and prints what became of them as JSON.
 """
 
+import copy
 import faulthandler
 import gzip
 import io
 import json
+import random
 import re
 import resource
 import shutil
@@ -26,7 +28,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
-from small import vae
+from small import fit, pixels, vae
 
 import ppl_vae as pv
 from ppl_vae import data, figures, packing
@@ -195,6 +197,75 @@ def checkpoints():
     return [(whole, plain), (held["__metadata__"]["state"].encode(), checked), *weights()]
 
 
+# ---- checkpoints whose sums are right and whose parts are not
+UNTOUCHED = b"as it is"
+VALUES = [
+    None, True, False, 0, 1, -1, 7, 10**30, -(10**30), 0.0, -0.5, 1e308, float("nan"), float("inf"), -float("inf"),
+    "", "x", "0 EarlyStop", [], [1], ["x"], [{}], {}, {"x": 1}, {0: {}}, (), (2.0, 0.9), (0.9, "x"),
+]  # fmt: skip
+
+
+@cache
+def trained():
+    """The checkpoint of a small run."""
+    with tempfile.TemporaryDirectory() as folder:
+        train(Path(folder, "kept"), "off", epochs=1)
+        return Path(folder, "kept", "epoch-000001.safetensors").read_bytes()
+
+
+def train(folder, resume, epochs):
+    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, mode="max", patience=1)
+    settings = {"scheduler": plateau, "hooks": [pv.EarlyStop()], "checkpoints": Checkpoints(folder, resume)}
+    return fit(vae(), pixels(32), pixels(8, seed=1), epochs=epochs, batch_size=16, compile="off", **settings)
+
+
+def resume_run(path):
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of rates and processes that differ
+        try:
+            train(path.parent, "last", epochs=2)
+        except pv.NonFiniteError:  # as parameters may be what they like
+            return
+
+
+def places(value, found):
+    """All containers in a state, with each of their keys."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            found.append((value, key))
+            places(part, found)
+    return found
+
+
+def altered(raw):
+    """The checkpoint with one or two of its parts changed, as the bytes have it."""
+    if raw == UNTOUCHED:
+        return trained()
+    choose = random.Random(raw)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "file")
+        path.write_bytes(trained())
+        state = unpack(path, "checkpoint")
+        for _ in range(choose.randint(1, 2)):
+            alter(state, choose)
+        return pack(path, "checkpoint", state).read_bytes()
+
+
+def alter(state, choose):
+    part = choose.choice([*state.values()])  # each as often, however much is in it
+    within = places(part, []) or places(state, [])
+    holder, key = choose.choice(within if choose.random() < 0.9 else places(state, []))
+    kind, value = choose.random(), holder[key]
+    if kind < 0.15:
+        del holder[key]
+    elif kind < 0.3 and isinstance(holder, dict):
+        holder[choose.choice(["x", 3])] = copy.deepcopy(choose.choice(VALUES))
+    elif kind < 0.6 and isinstance(value, torch.Tensor):
+        others = [value.flatten()[:0], value[None], value.long(), value.double() * -1, torch.zeros(()), value * 0]
+        holder[key] = choose.choice(others)
+    else:
+        holder[key] = copy.deepcopy(choose.choice(VALUES))
+
+
 @cache
 def run():
     """The files of a small run, by name."""
@@ -279,6 +350,7 @@ LOADERS = {
     ),
     "weights": (weights, at("w.safetensors", lambda path: pv.load_weights(vae(), path))),
     "checkpoint": (checkpoints, at("checkpoints/epoch-000002.safetensors", load_checkpoints, **OTHER)),
+    "resume": (lambda: [(UNTOUCHED, altered)], at("kept/epoch-000001.safetensors", resume_run)),
     "npz": (npz, at("set.npz", data.from_path)),
     "npy": (lambda: [(raw, plain) for raw in arrays()], at("set.npy", data.from_path)),
     "counts": (

@@ -13,17 +13,20 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import pyro
 import pyro.distributions as dist
 import torch
 from kills import end
+from pyro.infer import Trace_ELBO
 from small import LATENT, WIDTH, pixels, vae
 from torch import distributed, nn
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import ppl_vae as pv
 from ppl_vae import capture, graphs
 from ppl_vae.faults import Faults
-from ppl_vae.ranks import RankError, alone, check_equal, count_ranks, joint_mean, own_rank, share
+from ppl_vae.ranks import RankError, alone, check_equal, count_ranks, gathered, joint_mean, own_rank, share
 from ppl_vae.resuming import Checkpoints
 from ppl_vae.rng import seeded
 
@@ -161,17 +164,17 @@ def critic():
     return end(run)
 
 
-def quantised(how="require"):
+def quantised(how="require", data=X, revive=2):
     """A codebook within captured steps."""
     with seeded(0):
-        book = pv.Codebook(6, LATENT, ema=0.9, revive=2)
+        book = pv.Codebook(6, LATENT, ema=0.9, revive=revive)
         program = pv.VAE(
             pv.CodePrior(pv.UniformCodes(6, ()), book),
             pv.Normal(pv.MLP(LATENT, 8, WIDTH), 0.3),
             pv.Quantised(pv.MLP(WIDTH, 8, LATENT), book),
         )
     goal = pv.ELBO(penalties=[pv.Commitment()])
-    run = fit(program, X, objective=goal, epochs=2, batch_size=SIZE, compile=how)
+    run = fit(program, data, objective=goal, epochs=2, batch_size=SIZE, compile=how)
     return end(run) | {"engine": run.engine.describe()}
 
 
@@ -218,12 +221,15 @@ def warned(call):
 
 def wrong():
     other = X if own_rank() == 0 else X + 0.1
+    kept = pv.Checkpoints("kept") if own_rank() else None
     return {
         "moved": refused(lambda: drawing(hooks=[Moved()])),
         "data": refused(lambda: fit(vae(), other, epochs=1)),
         "seed": refused(lambda: fit(vae(), X, epochs=1, seed=own_rank())),
         "batch": refused(lambda: fit(vae(), X, epochs=1, batch_size=1)),
         "rows": refused(lambda: fit(vae(), X[:1], epochs=1)),
+        "kept": refused(lambda: fit(vae(), X, epochs=1, checkpoints=kept)),
+        "epochs": refused(lambda: fit(vae(), X, epochs=1 + own_rank())),
         "whole": warned(lambda: fit(vae(), DataLoader(TensorDataset(X), SIZE, shuffle=True), epochs=1)),
     }
 
@@ -258,7 +264,10 @@ def primitives():
     share(held)
     same = refused(lambda: check_equal([torch.tensor([1.0, 2.0]), torch.tensor([rank < 5])], "here"))
     minus = refused(lambda: check_equal([torch.tensor([0.0 if rank else -0.0])], "here"))
-    return {"means": means, "there": there(), "idle": idle, "held": held, "same": same, "minus": minus}
+    kinds = (torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float64, torch.complex64)
+    rows = [gathered(torch.tensor([[rank, 1]] * (1 + rank)).to(kind)) for kind in kinds]
+    found = {"means": means, "there": there(), "idle": idle, "held": held, "same": same, "minus": minus}
+    return found | {"gathered": rows}
 
 
 class Sharp(nn.Module):
@@ -290,6 +299,59 @@ def faulty(folder):
     return found
 
 
+class Category(nn.Module):
+    """Draws categories, which torch refuses to do from NaN."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.fails = fails
+        self.logits, self.loc = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+    def model(self, x):
+        pyro.module("category", self)
+        with pyro.plate("data", len(x), dim=-1):
+            k = pyro.sample("k", dist.Categorical(logits=torch.zeros(3)))
+            pyro.sample("x", dist.Normal(self.loc[k], 1.0), obs=x)
+
+    def guide(self, x):
+        pyro.module("category", self)
+        logits = self.logits if self.fails else self.logits.nan_to_num()
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("k", dist.Categorical(logits=logits.expand(len(x), 3)))
+
+
+def gone():
+    """Parameters become NaN by a rate that becomes infinite; then steps fail in both processes, or in one."""
+    found = {}
+    rates = partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0 if step < 2 else torch.inf)
+    for policy in ("stop", "back", "skip"):
+        for all_fail in (True, False):
+            program = Category(all_fail or own_rank() == 1)
+            how = {"objective": Trace_ELBO(), "scheduler": rates, "scheduler_every": "step", "compile": "off"}
+            try:
+                fit(program, X[:40, 0], epochs=3, batch_size=8, faults=Faults(policy, most=2), **how)
+            except pv.NonFiniteError as error:
+                found[f"{policy} {all_fail}"] = (str(error), error.run.pair.state_dict())
+    return found
+
+
+def streamed(folder):
+    """Each process has a stream of its own; one has the datum, and what went wrong cannot be saved."""
+
+    class InTheWay(pv.Hook):
+        def on_start(self, run):
+            (folder / "faults").write_text("a file")
+
+    warnings.simplefilter("ignore", UserWarning)
+    batches = [X[:8].clone(), X[8:16].clone(), X[16:24].clone()]
+    batches[1][3, 0] = 1000.0 if own_rank() == 1 else 0.0
+    program = normalised()
+    program.posterior = Sharp(program.posterior)
+    how = {"epochs": 1, "batch_size": 16, "compile": "off", "hooks": [InTheWay()]}
+    run = fit(program, batches, faults=Faults("skip", folder=folder / "faults"), **how)
+    return [[fault.where, fault.cause, fault.rank, fault.file] for fault in run.faults]
+
+
 def dead(folder, how="off"):
     """The last process ends in the middle of an epoch."""
 
@@ -317,14 +379,17 @@ CASES = {
     "other number": other_number,
     "critic": critic,
     "quantised": quantised,
+    "idle": partial(quantised, data=X[: SIZE + 1], revive=None),
     "wrong": wrong,
     "hooked": hooked,
     "primitives": primitives,
     "faulty": faulty,
+    "gone": gone,
+    "streamed": streamed,
     "dead": dead,
     "dead, captured": partial(dead, how="require"),
 }
-FOLDERS = {"faulty", "resumed", "other number", "dead", "dead, captured"}
+FOLDERS = {"faulty", "streamed", "resumed", "other number", "dead", "dead, captured"}
 
 
 def find(case, folder):

@@ -1,8 +1,7 @@
-"""Numbers gone wrong: site and datum are found, batch and state saved, and runs stop, skip or go back."""
+"""Numbers gone wrong: runs stop, skip or go back, are resumed alike, and tell of it."""
 
 import csv
 import json
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,9 +9,24 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from kills import ADAM, EPOCH, TIMES, Cut, CutAt, comparable
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
-from small import LATENT, WIDTH, fit, pixels, same, vae, weights
+from faulty import (
+    BAD,
+    HELD_OUT,
+    MARKED,
+    SGD,
+    Marked,
+    Plain,
+    Watch,
+    X,
+    fitted,
+    line,
+    marked_vae,
+    state,
+    step_of,
+)
+from kills import ADAM, EPOCH, Cut, CutAt
+from pyro.infer import Trace_ELBO
+from small import LATENT, WIDTH, same, vae, weights
 from test_packing import identical
 from test_ranks import run as run_ranks
 from torch import distributed, nn
@@ -21,245 +35,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ppl_vae as pv
 from ppl_vae import steps
-from ppl_vae.alternating import RWS
 from ppl_vae.cli import main
-from ppl_vae.diagnosis import diagnose
-from ppl_vae.faults import SAVED, Faults, load_fault, smaller_step
+from ppl_vae.faults import load_fault, smaller_step
 from ppl_vae.folders import load_run
-from ppl_vae.layout import inspect
-from ppl_vae.objectives import Objective, Part, as_objective
-from ppl_vae.packing import DamagedError, pack, unpack
+from ppl_vae.objectives import Objective, Part
+from ppl_vae.packing import pack, unpack
 from ppl_vae.pairs import as_pair
-from ppl_vae.resuming import Checkpoints, load_random
+from ppl_vae.resuming import Checkpoints
 from ppl_vae.rng import seeded
-from ppl_vae.updates import Update, all_finite
-
-BAD = 20  # the datum on which numbers go wrong
-X, HELD_OUT = pixels(40), pixels(12, seed=1)
-MARKED = X.clone()
-MARKED[BAD, 0] = 1000.0
-SGD = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
-
-
-def state(run):
-    """All that a run ends with, but for times and files."""
-    return {
-        "pair": dict(run.pair.state_dict()),
-        "objective": dict(run.objective.state_dict()),
-        "optimizers": [update.optimizer.state_dict() for update in run.updates],
-        "schedules": [comparable(schedule.state_dict()) for schedule in run.schedules],
-        "history": [{name: value for name, value in row.items() if name not in TIMES} for row in run.history],
-        "about": [run.epoch, run.step, run.best_epoch, run.reason],
-        "faults": [str(replace(fault, file=None)) for fault in run.faults],
-    }
-
-
-def fitted(policy, program, data, valid=None, *, folder=None, most=10, **settings):
-    settings = {"epochs": 3, "batch_size": 16, "seed": 3, "compile": "off", "optimizer": ADAM} | settings
-    return fit(program, data, valid, faults=Faults(policy, most=most, folder=folder), **settings)
-
-
-def step_of(row, epoch=0, seed=3):
-    """The step of an epoch that meets a row, from 1."""
-    batches = pv.Data(X).rows(16, seed, epoch)
-    return next(i for i, rows in enumerate(batches, 1) if row in rows)
-
-
-class Plain(Objective):
-    """How well the decoder at z = 0 meets x: no draws, so that a batch left out leaves no trace.
-
-    On a marked datum the value, or the gradient, is not finite.
-    """
-
-    def __init__(self, wrong="value"):
-        super().__init__()
-        self.wrong = wrong
-
-    def forward(self, pair, x):
-        found = pair.program.likelihood.net(x.new_zeros(len(x), LATENT))
-        fit = -((found - x.clamp(max=1)) ** 2).sum(1)
-        marked = x[:, 0] > 100
-        if self.wrong == "value":
-            return fit + (-marked.float()).sqrt() * found[:, 0]
-        root = (found[:, 0] * (~marked).float()).abs().sqrt()  # 0 on a marked datum, with a slope of 0 / 0
-        return fit + 0.1 * root
-
-
-class Marked(nn.Module):
-    """A conditional whose scale is NaN where the first entry of its context is large."""
-
-    def __init__(self, inner, at):
-        super().__init__()
-        self.inner, self.at = inner, at
-
-    def forward(self, *context):
-        found = self.inner(*context)
-        wrong = context[self.at][..., :1] > 100
-        scale = found.base_dist.scale.masked_fill(wrong, torch.nan)
-        return dist.Normal(found.base_dist.loc, scale).to_event(1)
-
-
-def marked_vae():
-    """A VAE whose posterior is not defined at a marked datum."""
-    program = vae()
-    program.posterior = Marked(program.posterior, 0)
-    return program
-
-
-# ---- what is found
-def updates_of(pair, objective):
-    goal = as_objective(objective)
-    parameters = [p for p in pair.parameters() if p.requires_grad]
-    return [Update("objective", pair, goal, torch.optim.SGD([*parameters, *goal.parameters()], lr=0.1))]
-
-
-def found_in(program, objective, *batch):
-    pair = as_pair(program)
-    inspect(pair, tuple(torch.ones_like(c) for c in batch))
-    return diagnose(pair, updates_of(pair, objective), batch)
-
-
-class Scaled(nn.Module):
-    """Scaled by hand, with a latent outside the data plate, or an enumerated one."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind, self.loc, self.mean = kind, nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
-
-    def model(self, x):
-        pyro.module("scaled", self)
-        shift = pyro.sample("shift", dist.Normal(0.0, 1.0)) if self.kind == "outside" else 0.0
-        with pyro.plate("data", len(x), dim=-1), pyro.poutine.scale(scale=0.5):
-            if self.kind == "enumerated":
-                shift = pyro.sample("shift", dist.Categorical(torch.ones(3))).float()
-            z = pyro.sample("z", dist.Normal(self.loc, 1.0))
-            scale = torch.where(x > 100, torch.nan, torch.ones_like(x))
-            pyro.sample("x", dist.Normal(z + shift, scale), obs=x)
-
-    def guide(self, x):
-        pyro.module("scaled", self)
-        if self.kind == "outside":
-            pyro.sample("shift", dist.Normal(self.mean, 1.0))
-        with pyro.plate("data", len(x), dim=-1), pyro.poutine.scale(scale=0.5):
-            pyro.sample("z", dist.Normal(self.mean, 1.0))
-
-
-@pytest.mark.parametrize("kind", ["scaled", "outside", "enumerated"])
-def test_site_and_datum_are_found_in_programs_without_a_table(kind):
-    loss = TraceEnum_ELBO(max_plate_nesting=1) if kind == "enumerated" else Trace_ELBO()
-    program = Scaled(kind)
-    if kind == "enumerated":
-        program = pv.Pair(config_enumerate(program.model), program.guide)
-    x = torch.zeros(8)
-    assert found_in(program, loss, x) is None
-    x[5] = 1000.0
-    found = found_in(program, loss, x)
-    assert (found.site, found.row) == ("x", 5)
-    assert found.what == "site 'x' (likelihood): the log-density of {datum} is nan"
-
-
-@pytest.mark.parametrize("objective", [pv.ELBO(), pv.IWAE(3), Trace_ELBO(), RWS(3)], ids=str)
-def test_the_site_comes_first_that_is_drawn_first(objective):
-    found = found_in(marked_vae(), objective, MARKED)
-    assert (found.site, found.row) == ("z", BAD)
-    assert "(posterior)" in found.what
-
-
-def test_of_several_wrong_data_the_first_is_named_and_the_others_are_counted():
-    x = MARKED.clone()
-    x[30:32] = 1000.0
-    found = found_in(marked_vae(), pv.ELBO(), x)
-    assert found.row == BAD
-    assert "of {datum}, and of 2 more of its batch is nan" in found.what
-
-
-def test_parameters_that_are_wrong_for_every_datum_are_no_datums_fault():
-    program = vae()
-    with torch.no_grad():
-        program.likelihood.net[-1].bias.fill_(1e30)
-    found = found_in(program, pv.ELBO(), X)
-    assert (found.site, found.row) == ("x", None)
-    assert "of every datum of the batch is -inf: too large a step" in found.what
-
-
-def test_a_parameter_or_an_entry_that_is_not_finite_is_named():
-    program = vae()
-    x = X.clone()
-    x[7, 3] = torch.inf
-    found = found_in(program, pv.ELBO(), x)
-    assert (found.what, found.site, found.row) == ("tensor 0 of {datum} holds NaN or infinity", "x", 7)
-    with torch.no_grad():
-        program.posterior.net[0].weight[0, 0] = torch.nan
-    assert found_in(program, pv.ELBO(), X).what == "parameter 'posterior.net.0.weight' holds NaN or infinity"
-
-
-@pytest.mark.parametrize(
-    ("wrong", "text"),
-    [
-        ("value", "the objective of {datum} is nan, though its densities are finite"),
-        ("slope", r"the gradient of 'likelihood.net.0.weight' at {datum} is not finite, though the objective is"),
-    ],
-)
-def test_an_objective_or_a_gradient_alone_is_traced_to_its_datum(wrong, text):
-    program = vae()
-    before, random = weights(program), torch.get_rng_state()
-    found = found_in(program, Plain(wrong), MARKED)
-    assert (found.what, found.site, found.row) == (text, None, BAD)
-    assert found_in(program, Plain(wrong), X) is None
-    assert same(weights(program), before)
-    assert torch.equal(torch.get_rng_state(), random)
-
-
-def test_a_datum_is_found_though_batch_normalisation_spreads_it_and_statistics_stay():
-    with seeded(0):
-        program = vae()
-        program.likelihood.net = nn.Sequential(nn.Linear(LATENT, 8), nn.BatchNorm1d(8), nn.Linear(8, WIDTH))
-        program.likelihood.net[1].weight.data.fill_(1.0)
-    program.likelihood = Marked(program.likelihood, 0)
-    program.train()
-    program.posterior = Far(program.posterior)
-    before = weights(program)
-    found = found_in(program, Trace_ELBO(), MARKED)
-    assert (found.site, found.row) == ("x", BAD)
-    assert same(weights(program), before)
-
-
-class Far(nn.Module):
-    """A posterior that puts a marked datum far away."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        found = self.inner(x.clamp(max=1)).base_dist
-        return dist.Normal(found.loc + 1e4 * (x[:, :1] > 100), found.scale).to_event(1)
-
-
-def test_a_program_that_fails_on_wrong_numbers_is_quoted():
-    class Fails(nn.Module):
-        def model(self, x):
-            with pyro.plate("data", len(x), dim=-1):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                if bool((x > 100).any()):
-                    raise RuntimeError("probabilities are not finite\nmore")
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-        def guide(self, x):
-            with pyro.plate("data", len(x), dim=-1):
-                pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.0)), 1.0))
-
-    found = found_in(Fails(), Trace_ELBO(), torch.full((3,), 1000.0))
-    assert found.what == "the program cannot be run on the batch (RuntimeError: probabilities are not finite)"
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_finite_numbers_are_finite_though_their_sum_is_not(value, dtype):
-    large = torch.full((4, 3), torch.finfo(dtype).max, dtype=dtype)
-    assert all_finite([large, torch.ones(2)])
-    large[2, 1] = value
-    assert not all_finite([torch.ones(2), large])
+from ppl_vae.updates import all_finite
 
 
 # ---- stopping
@@ -302,6 +86,36 @@ def test_of_a_stream_batch_and_row_are_named(policy, data, batch, row, tmp_path)
     assert saved.batch[0][fault.datum, 0] == 1000
     assert saved.rows is None
     assert fault.step == fault.batch + 1
+
+
+class Drawn:
+    """Batches from an iterable of the user's, of which nothing is known."""
+
+    def __iter__(self):
+        return iter([MARKED[:16], MARKED[16:32]])
+
+
+def drawn():
+    return Drawn()
+
+
+@pytest.mark.parametrize(
+    ("policy", "data", "told"),
+    [
+        ("stop", drawn, True),
+        ("skip", drawn, False),
+        ("stop", loader, False),
+        ("stop", lambda: [*Drawn()], False),
+    ],
+)
+def test_a_batch_that_an_iterable_gave_again_need_not_be_the_same_and_that_is_told(policy, data, told):
+    try:
+        run = fitted(policy, marked_vae(), data(), epochs=1)
+    except pv.NonFiniteError as error:
+        run = error.run
+    (fault,) = run.faults
+    assert fault.cause.endswith(", if the data's iterable gave the same again") is told
+    assert fault.datum is not None
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "back"])
@@ -372,17 +186,6 @@ def test_captured_steps_are_skipped_alike(wrong, clip_norm, interpreted):
     for name, value in weights(eager.pair).items():
         torch.testing.assert_close(weights(captured.pair)[name], value)
     assert interpreted
-
-
-class Watch(pv.Hook):
-    """Everything that a step may change, before each of them."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_step(self, run):
-        optimizers = [update.optimizer.state_dict()["state"] for update in run.updates]
-        self.seen.append((weights(run.pair), json.dumps(optimizers, default=lambda t: t.tolist())))
 
 
 def test_running_statistics_and_codebooks_of_a_skipped_batch_stay():
@@ -464,32 +267,6 @@ def test_parameters_that_a_finite_gradient_made_infinite_end_the_run():
 
 
 # ---- going back
-class Line(nn.Module):
-    """A point that is drawn to the data; beyond 10 it is no number any more."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.full((WIDTH,), 3.0))
-
-    def model(self, x):
-        pyro.module("line", self)
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            loc = self.w + 0 * z.unsqueeze(-1) + 0 * (10.0 - self.w.abs()).sqrt()
-            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
-
-
-def line(rate, policy="back", schedule=None, **more):
-    """Steepest descent on a curvature of 1: beyond a rate of 2 it runs away; plain within."""
-    settings = {"optimizer": partial(torch.optim.SGD, lr=rate), "epochs": 6, "report_every": 2} | more
-    schedule = None if schedule is None else partial(schedule, rate)
-    return fitted(policy, Line(), X, settings.pop("valid", None), scheduler=schedule, **settings)
-
-
 SCHEDULES = {
     "none": None,
     "cosine": lambda rate, o: lr_scheduler.CosineAnnealingLR(o, 6),
@@ -589,12 +366,66 @@ def test_a_validation_objective_that_is_nan_ends_the_run_or_goes_back(policy, tm
     held_out = HELD_OUT.clone()
     held_out[7, 0] = 1000.0
     with pytest.raises(pv.NonFiniteError, match="validation objective became nan after step 3") as caught:
-        fitted(policy, marked_vae(), X, held_out, most=2, folder=tmp_path / "faults")
+        fitted(policy, marked_vae(), X, held_out, most=5, folder=tmp_path / "faults")
     run = caught.value.run
-    actions = ["went back", "went back", "stopped"] if policy == "back" else ["stopped"]
+    actions = ["went back", "stopped"] if policy == "back" else ["stopped"]
+    assert run.faults[-1].cause.endswith(" (going back did not help)") is (policy == "back")
     assert [(f.site, f.datum, f.action) for f in run.faults] == [("z", 7, action) for action in actions]
     assert load_fault(run.faults[0].file).batch[0].equal(held_out)
     assert run.history == []
+
+
+class Edge(Plain):
+    """Infinite on a marked datum; `value` may be changed while it trains."""
+
+    def __init__(self, value):
+        super().__init__("nothing")
+        self.value = value
+
+    def forward(self, pair, x):
+        return super().forward(pair, x).masked_fill(x[:, 0] > 100, self.value)
+
+
+def marked_held_out():
+    held_out = HELD_OUT.clone()
+    held_out[7, 0] = 1000.0
+    return held_out
+
+
+def test_a_validation_objective_that_is_inf_is_never_taken_for_the_best():
+    with pytest.raises(pv.NonFiniteError, match="validation objective became inf after step 3") as caught:
+        fitted("stop", vae(), X, marked_held_out(), objective=Edge(torch.inf))
+    (fault,) = caught.value.run.faults
+    assert fault.datum == 7
+    assert "the objective of datum 7 is inf" in fault.cause
+    assert caught.value.run.best_epoch is None
+
+
+def test_an_epoch_whose_validation_objective_is_minus_inf_is_no_fault_and_never_the_best():
+    class Change(pv.Hook):
+        def __init__(self, values):
+            self.values = values
+
+        def on_epoch(self, run):
+            goal.value = self.values[run.epoch - 1]
+
+    for values, best in (([-torch.inf] * 3, None), ([-5.0, -torch.inf, 0.0], 2), ([-torch.inf, -5.0, 0.0], 3)):
+        goal = Edge(-torch.inf)
+        run = fitted("stop", vae(), X, marked_held_out(), objective=goal, hooks=[Change(values)])
+        assert run.faults == []
+        assert run.history[0]["valid"] == -torch.inf
+        assert run.best_epoch == best
+        assert run.reason == "all epochs done"
+
+
+def test_going_back_ends_where_the_same_datum_is_to_blame_again():
+    with pytest.raises(pv.NonFiniteError, match=r"\(going back did not help\)") as caught:
+        fitted("back", marked_vae(), MARKED, report_every=1)
+    run = caught.value.run
+    assert [(f.step, f.datum, f.action) for f in run.faults] == [
+        (step_of(BAD), BAD, "went back"),
+        (step_of(BAD), BAD, "stopped"),
+    ]
 
 
 def test_a_smaller_step_halves_the_rates_of_all_groups_and_updates():
@@ -627,107 +458,6 @@ def test_a_run_that_was_cut_off_counts_and_ends_as_one_that_never_was(policy, tm
     assert identical(state(resumed), state(whole))
 
 
-# ---- files
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_the_file_shows_the_fault_again(policy, tmp_path):
-    watch = Watch()
-    with pytest.raises(pv.NonFiniteError, match=r"Batch and state are in .*step-00000\d.safetensors") as caught:
-        fitted(policy, marked_vae(), MARKED, most=1, folder=tmp_path / "faults", hooks=[watch], report_every=1)
-    fault = caught.value.run.faults[0]
-    saved = load_fault(fault.file)
-    assert fault.file == str(tmp_path / "faults" / f"step-{fault.step:06d}.safetensors")
-    assert saved.fault == fault
-    assert saved.rows.tolist() == [*pv.Data(X).rows(16, 3, 0)][fault.step - 1].tolist()
-    assert torch.equal(saved.batch[0], MARKED[saved.rows])
-    assert same(saved.weights, watch.seen[saved.weights_step][0])
-    assert saved.weights_step in ([fault.step - 1] if policy == "skip" else [fault.step - 2, fault.step - 1])
-    pair = as_pair(marked_vae())
-    pair.load_state_dict(saved.weights)
-    terms = pv.log_terms(pair, *saved.batch)
-    wrong = ~terms.posterior.isfinite()[0]
-    assert saved.rows[wrong].tolist() == [BAD] == [fault.datum]
-
-
-def test_what_only_some_draws_do_is_found_again_with_the_draws_that_were_saved(tmp_path):
-    """A likelihood that is not defined for rare values of z, on pixels that are redrawn."""
-
-    class Rare(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, z):
-            found = self.inner(z).base_dist
-            return dist.Bernoulli(logits=found.logits + 0 * (2.2 - z[..., :1]).sqrt()).to_event(1)
-
-    program = vae("bernoulli")
-    program.likelihood = Rare(program.likelihood)
-    data = pv.Data(X.clamp(0, 1), transform=pv.redraw)
-    run = fitted("skip", program, data, folder=tmp_path / "faults", most=50, epochs=4)
-    assert run.faults
-    fault = run.faults[0]
-    saved = load_fault(fault.file)
-    assert fault.site == "x"
-    assert set(saved.batch[0].unique().tolist()) == {0.0, 1.0}
-    pair = as_pair(program)
-    pair.load_state_dict(saved.weights)
-    with seeded(None):
-        load_random(saved.random, torch.device("cpu"))
-        values = pv.ELBO()(pair, *saved.batch)
-    assert saved.rows[~values.isfinite()].tolist()[0] == fault.datum
-
-
-def test_the_first_few_are_saved_and_all_are_listed(tmp_path):
-    run = fitted("skip", vae(), [MARKED[16:32]] * 15, objective=Plain(), most=50, folder=tmp_path / "f", epochs=1)
-    assert len(run.faults) == 15
-    assert [fault.file is not None for fault in run.faults] == [True] * SAVED + [False] * 5
-    assert len([*(tmp_path / "f").iterdir()]) == SAVED
-
-
-def test_two_at_one_step_have_a_file_each(tmp_path):
-    run = line(12.0, folder=tmp_path / "f")
-    steps_ = [f.step for f in run.faults]
-    assert len({f.file for f in run.faults}) == 3
-    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == sorted(
-        f"step-{s:06d}{'' if steps_[:i].count(s) == 0 else f'-{steps_[:i].count(s) + 1}'}.safetensors"
-        for i, s in enumerate(steps_)
-    )
-
-
-def test_a_file_that_cannot_be_written_is_told_and_training_goes_on(tmp_path):
-    (tmp_path / "f").write_text("a file")
-    with pytest.warns(UserWarning, match="faults: .* was not saved"):
-        run = fitted("skip", vae(), [MARKED[16:32], X], objective=Plain(), folder=tmp_path / "f", epochs=1)
-    assert [fault.file for fault in run.faults] == [None]
-    assert (tmp_path / "f").read_text() == "a file"
-
-
-def test_other_files_are_refused(tmp_path):
-    path = tmp_path / "fault.safetensors"
-    for value in ({}, [], {"fault": {"step": 1}, "batch": []}):
-        pack(path, "fault", value)
-        with pytest.raises(DamagedError, match="holds no fault"):
-            load_fault(path)
-    pack(path, "checkpoint", {})
-    with pytest.raises(DamagedError, match="no fault"):
-        load_fault(path)
-    with pytest.raises(ValueError, match="there is no file"):
-        load_fault(tmp_path / "none")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"policy": "ignore"}, "policy must be 'stop', 'skip' or 'back', got 'ignore'"),
-        ({"most": 0}, "most must be at least 1, got 0"),
-        ({"folder": "none/there"}, "folder: cannot make none/there"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Faults(**settings)
-
-
 # ---- several processes
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="torch has no gloo here")
@@ -738,7 +468,7 @@ def test_all_processes_do_alike_though_one_alone_has_the_datum(count, tmp_path):
         assert identical(other, found[0])
     told = {policy: found[0][policy]["told"] for policy in found[0]}
     assert [(datum, site, action) for _, datum, site, action in told["skip"]] == [(9, "z", "skipped")] * 2
-    assert [action for *_, action in told["back"]] == ["went back", "went back", "stopped"]
+    assert [action for *_, action in told["back"]] == ["went back", "stopped"]
     assert [(datum, site, action) for _, datum, site, action in told["stop"]] == [(9, "z", "stopped")]
     for policy in found[0]:
         saved = [load_fault(path) for path in found[0][policy]["files"]]
@@ -746,6 +476,29 @@ def test_all_processes_do_alike_though_one_alone_has_the_datum(count, tmp_path):
         for one in saved:
             assert one.batch[0][one.rows == 9, 0].tolist() == [1000.0]
             assert len(one.rows) <= 10 // count + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="torch has no gloo here")
+def test_a_process_that_fails_on_parameters_gone_wrong_ends_all_of_them_alike(tmp_path):
+    first, second = run_ranks(tmp_path, 2, ["gone"])["gone"]
+    assert identical(first, second)
+    assert len(first) == 6
+    for name, (message, parameters) in first.items():
+        at = "step 5 made a parameter NaN or infinite" if "skip" in name else "the objective became nan at step 4"
+        assert at in message, name
+        assert "holds its last good parameters" in message
+        assert all(value.isfinite().all() for value in parameters.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="torch has no gloo here")
+def test_of_a_stream_the_process_is_named_and_a_file_that_was_not_saved_is_so_in_all(tmp_path):
+    first, second = run_ranks(tmp_path, 2, ["streamed"])["streamed"]
+    assert first == second
+    (where, cause, rank, file), *_ = first
+    assert (where, rank, file) == ("site 'z', datum 3, batch 1, process 1", 1, None)
+    assert "datum 3 of batch 1 of process 1" in cause
 
 
 # ---- CUDA

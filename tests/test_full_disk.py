@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from kills import EPOCHS, end, go
+from kills import EPOCH, EPOCHS, cut, end, go
 from small import fit, pixels, vae
 from test_packing import identical
 
@@ -34,7 +34,7 @@ sys.exit(main(["train", *sys.argv[2:]]))
 
 
 def free_bytes(monkeypatch, count):
-    monkeypatch.setattr(resuming.shutil, "disk_usage", lambda path: SimpleNamespace(free=count))
+    monkeypatch.setattr(resuming.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=count))
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused_before_training(tmp_path, monkeypatch):
@@ -52,6 +52,21 @@ def test_a_disk_with_room_enough_is_not_refused(tmp_path, monkeypatch):
     size = max(path.stat().st_size for path in (tmp_path / "kept").iterdir())
     free_bytes(monkeypatch, 6 * size)  # two that are kept, one more while it is written, and twice that
     assert identical(end(go("validated", tmp_path / "again", keep=2)), end(run))
+
+
+def test_a_run_that_is_resumed_on_a_full_disk_is_told_before_it_trains(tmp_path, monkeypatch):
+    whole = go("validated")
+    cut("validated", tmp_path / "kept", at=2 * EPOCH)
+    free_bytes(monkeypatch, 100)
+    with pytest.raises(ValueError, match=r"has 0\.0 MB left"):
+        go("validated", tmp_path / "kept", "last")
+    monkeypatch.undo()
+    assert identical(end(go("validated", tmp_path / "kept", "last")), end(whole))
+
+
+def test_a_file_system_that_tells_nothing_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming.shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
+    assert go("validated", tmp_path).reason == "all epochs done"
 
 
 def test_a_disk_that_fills_up_leaves_a_checkpoint_to_go_on_from(tmp_path):

@@ -6,6 +6,7 @@ import csv
 import math
 import sys
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -232,6 +233,12 @@ def test_a_csv_file_that_cannot_be_written_is_refused_before_training(tmp_path):
     assert same(weights(program), weights(vae()))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_csv_file_on_a_full_disk_is_named():
+    with pytest.raises(ValueError, match=r"path: cannot write /dev/full \(No space left on device\)"):
+        fit(vae(), X, epochs=1, hooks=[pv.LogCSV("/dev/full")])
+
+
 def test_tensorboard_missing_is_said_clearly(monkeypatch, tmp_path):
     real = builtins.__import__
 
@@ -296,9 +303,16 @@ def test_what_a_resumed_run_lost_is_purged_from_tensorboard(lost, tmp_path):
 
 
 def test_the_bar_of_a_resumed_run_counts_the_epochs_that_were_done(tmp_path, capfd):
+    class Kept(pv.Progress):
+        def on_epoch(self, run):
+            super().on_epoch(run)
+            begun.append(self.bar.initial)
+
+    begun = []
     cut("validated", tmp_path, at=3 * EPOCH + 1)
-    go("validated", tmp_path, "last", hooks=[pv.Progress(disable=False)])
+    go("validated", tmp_path, "last", hooks=[Kept(disable=False)])
     assert f"{EPOCHS}/{EPOCHS}" in capfd.readouterr().err
+    assert begun == [3, 3]
 
 
 @pytest.mark.parametrize("valid", [None, HELD_OUT])

@@ -18,8 +18,8 @@ LAYERS = [
     "models hierarchies belief sequences semisupervised",
     "pairs sites layout traces predictive bounds estimators scores objectives alternating penalties adversaries "
     "enumeration moving proposals semiamortised quantising draws",
-    "streams batches holding capture updates steps running hooks "
-    "resuming diagnosis joining faults loop train estimates sharding streaming "
+    "streams batches holding capture updates steps running states hooks "
+    "resuming diagnosis joining faults identity loop train estimates sharding streaming "
     "densities evaluate disentangling paths schedules annealing generators weighing refining amortisation "
     "overfitting calibration criticism coding sparing decomposition",
     "data plots arviz_export film checkpoint settings plan axes config records folders figures runs verdicts "

@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = ["train", "--data", "digits", "--limit", "150", "--latent", "3", "--hidden", "8"]
 TRAIN += ["--compile", "off", "--quiet", "--device", "cpu", "--no-film"]
-FAST = ["primitives", "exact", "exact, captured", "unequal", "validated", "hooked"]
+FAST = ["primitives", "exact", "exact, captured", "unequal", "validated", "hooked", "idle"]
 SLOW = ["exact, Adam", "exact, not clipped", "dataset", "away", "resumed", "other number", "critic", "codebook"]
 SLOW += ["quantised", "wrong"]
 
@@ -117,6 +117,8 @@ def test_means_are_over_the_rows_of_all_and_sharing_is_of_any_type(two):
         assert found["held"][0].tolist() == [True, True]
         assert found["same"] == ["nothing", ""]
         assert found["minus"][0] == "RankError"
+        for rows in found["gathered"]:  # one of the first, two of the second
+            assert torch.equal(rows, torch.tensor([[0, 1], [1, 1], [1, 1]]).to(rows.dtype))
 
 
 # ---- the same run
@@ -202,6 +204,13 @@ def test_a_critic_and_a_captured_codebook_are_the_same_on_all(request, how, case
         assert int((counts > 0).sum()) > 1
 
 
+def test_a_process_without_rows_adds_nothing_to_a_codebook(two):
+    alone = find("idle", None)["pair"]
+    for name, value in two["idle"][0]["pair"].items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5)
+    assert identical(two["idle"][0]["pair"], two["idle"][1]["pair"])
+
+
 @slow
 def test_all_ranks_have_the_codes_of_the_joined_batch(slow_two):
     first, second = slow_two["codebook"]
@@ -238,6 +247,8 @@ def test_of_the_shipped_hooks_those_act_everywhere_that_act_on_training():
         ("moved", "RankError", "process 1 holds other parameters than process 0 after epoch 1"),
         ("data", "ValueError", "data: process 1 was given another than process 0"),
         ("seed", "ValueError", "seed: process 1 was given another than process 0"),
+        ("epochs", "ValueError", "epochs: process 1 was given another than process 0"),
+        ("kept", "ValueError", "checkpoints (on every process, though the first alone writes): process 1"),
         ("batch", "ValueError", "batch_size: 1 data cannot be shared by {} processes"),
         ("rows", "ValueError", "train: 1 data cannot be shared by {} processes"),
     ],
@@ -359,15 +370,17 @@ def test_torchrun_trains_into_one_run_folder(tmp_path):
 
 @slow
 def test_a_process_that_dies_is_started_again_and_the_run_ends_as_if_it_had_not(tmp_path):
-    for name, restarts, dies in (("whole", 0, "no"), ("broken", 2, "yes")):
+    for name, restarts, dies in (("whole", 0, "none"), ("first", 1, "0"), ("second", 1, "1")):
         command = [HERE / "elastic.py", *TRAIN, "--epochs", "4", "--resume", "auto", "--out", tmp_path / name]
         process = torchrun(*command, restarts=restarts, DIES=dies)
         _, error = process.communicate(timeout=250)
         assert process.returncode == 0, error
-    assert "process 0 of 2 has lost another" in error
-    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
-    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "broken")]
-    assert weights[0] == weights[1]
+        assert "cannot reach" not in error
+        if restarts:
+            assert f"process {1 - int(dies)} of 2 has lost another" in error
+            assert rows(tmp_path / name) == rows(tmp_path / "whole")
+            weights = [(tmp_path / each / "weights.safetensors").read_bytes() for each in ("whole", name)]
+            assert weights[0] == weights[1]
 
 
 @slow

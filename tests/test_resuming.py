@@ -356,6 +356,51 @@ def test_a_whole_file_of_another_state_is_no_checkpoint(state, tmp_path):
         go("validated", tmp_path / "kept", "last")
 
 
+def newest(folder):
+    path = Checkpoints(folder).found()[-1]
+    return path, unpack(path, "checkpoint")
+
+
+def test_a_checkpoint_from_before_faults_were_kept_is_gone_on_from(tmp_path):
+    cut("validated", tmp_path / "kept", at=2 * EPOCH + 1)
+    path, state = newest(tmp_path / "kept")
+    del state["faults"]
+    pack(path, "checkpoint", state)
+    assert identical(end(go("validated", tmp_path / "kept", "last")), end(go("validated")))
+
+
+def test_a_checkpoint_of_another_version_is_told_by_what_it_lacks_and_has(tmp_path):
+    cut("validated", tmp_path / "kept", at=2 * EPOCH + 1)
+    path, state = newest(tmp_path / "kept")
+    pack(path, "checkpoint", {"later": 1} | {name: value for name, value in state.items() if name != "random"})
+    told = r"kept \(epoch-000002.safetensors\) is of another version of ppl_vae \(it has 'later', lacks 'random'\)"
+    with pytest.raises(DamagedError, match=told + ": finish that run with the version that began it"):
+        go("validated", tmp_path / "kept", "last")
+
+
+OPTIMIZERS = ["Adadelta", "Adafactor", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "Rprop", "SGD"]
+SCHEDULES = {
+    "cyclic": partial(lr_scheduler.CyclicLR, base_lr=1e-4, max_lr=1e-2, cycle_momentum=True),
+    "restarts": partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=1, T_mult=2),
+    "polynomial": lr_scheduler.PolynomialLR,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_any_optimizer_of_torch_keeps_is_taken(name, tmp_path):
+    optimizer = getattr(torch.optim, name)
+    cut("validated", tmp_path / "kept", at=EPOCH + 1, optimizer=optimizer, epochs=2)
+    resumed = go("validated", tmp_path / "kept", "last", optimizer=optimizer, epochs=2)
+    assert identical(end(resumed), end(go("validated", optimizer=optimizer, epochs=2)))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_other_schedules_keep_is_taken(name, tmp_path):
+    how = {"optimizer": ADAM, "scheduler": SCHEDULES[name], "epochs": 4}
+    cut("validated", tmp_path / "kept", at=3 * EPOCH + 1, **how)
+    assert identical(end(go("validated", tmp_path / "kept", "last", **how)), end(go("validated", **how)))
+
+
 class Untouched(pv.LogCSV):
     """Would start a file anew; without a state, so that hooks do not differ."""
 

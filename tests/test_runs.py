@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ppl_vae as pv
-from ppl_vae import figures, runs
+from ppl_vae import figures, folders, runs
 from ppl_vae.config import Config
 from ppl_vae.figures import draw_figures
 from ppl_vae.folders import write_json
@@ -216,6 +216,25 @@ def test_stopped_before_there_are_weights(tmp_path, monkeypatch, existed):
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", force=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_whose_clearing_was_cut_off_is_still_taken_for_a_run(copy, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.Checkpoints, "clear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(copy, force=True)
+    assert not (copy / "weights.safetensors").exists()
+    go(copy, force=True)
+    assert load_run(copy).config == Config(**SMALL)
+
+
+def test_what_a_kill_leaves_of_a_first_file_is_no_obstacle(tmp_path):
+    (tmp_path / ".run.json.123.part").write_text('{"format": 1')
+    go(tmp_path)
+    assert ".run.json.123.part" not in files(tmp_path)
 
 
 def test_numbers_gone_wrong_leave_the_last_good_weights(tmp_path):

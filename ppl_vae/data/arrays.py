@@ -14,7 +14,7 @@ from typing import IO, Any, BinaryIO, cast
 import numpy as np
 
 from ppl_vae.data.images import DAMAGE, Array, line
-from ppl_vae.files import open_regular
+from ppl_vae.files import brief, open_regular
 from ppl_vae.limits import MEMORY, memory_limit
 
 __all__ = ["read_arrays"]
@@ -22,12 +22,11 @@ __all__ = ["read_arrays"]
 MOST_DESCRIPTION = 4096  # bytes of the text that says what an array is
 MOST_CHARACTERS = 1000  # of one label
 MOST_DIRECTORY = 2**20  # bytes of the list of a zip file's members
-MOST_RATIO = 250  # of an array's size unpacked to packed...
-HARMLESS = 2**24  # ...where it is above so many bytes
 CHUNK = 2**20
 DIMENSIONS = 32  # of an array
 DESCRIPTION = re.compile(r"\{(?:'(?:descr|fortran_order|shape)':(?:'[^']*'|True|False|\([\d,]*\)),?){3}\}")
 NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|U\d{1,5})")
+BYTES = re.compile(r"[<>|=]?S\d+")
 
 
 def read_arrays(path: Path, names: Collection[str]) -> tuple[dict[str, Array], list[str]]:
@@ -54,7 +53,8 @@ def read_arrays(path: Path, names: Collection[str]) -> tuple[dict[str, Array], l
                 return _members(file, names)
             return {"x": _array(file, file.seek(0, io.SEEK_END) - file.seek(0), memory_limit())}, ["x"]
     except (*DAMAGE, Warning) as error:
-        raise ValueError(f"cannot read {path}: {line(error)} (pickles are never loaded)") from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else line(error)
+        raise ValueError(f"cannot read {brief(path)}: {why} (pickles are never loaded)") from error
 
 
 def _members(file: BinaryIO, names: Collection[str]) -> tuple[dict[str, Array], list[str]]:
@@ -72,12 +72,12 @@ def _members(file: BinaryIO, names: Collection[str]) -> tuple[dict[str, Array], 
                 raise ValueError(f"{name} is packed by a method that numpy does not use")
             if member.compress_size > size:
                 raise ValueError(f"{name} is longer than the file")
-            if member.file_size > max(HARMLESS, MOST_RATIO * member.compress_size):
-                raise ValueError(f"{name} unpacks to {MOST_RATIO} times its size and more, as a bomb does")
             with archive.open(member) as stream:
                 found[name] = _array(stream, member.file_size, left)
                 if stream.read(1):  # reading on to the end has the checksum compared
                     raise ValueError(f"{name} goes on after its array")
+                if stream.tell() != member.file_size:
+                    raise ValueError(f"{name} has another size than the file's list of members says")
             left -= _taken(found[name])
         return found, sorted(members)
 
@@ -105,7 +105,8 @@ class _Sparing(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         found = self.file.read(MOST_DIRECTORY + 1 if size < 0 else min(size, MOST_DIRECTORY + 1))
         if len(found) > MOST_DIRECTORY:
-            raise ValueError(f"its list of members is longer than {MOST_DIRECTORY // 1024} KiB")
+            most = f"{MOST_DIRECTORY // 1024} KiB"
+            raise ValueError(f"its list of members is longer than {most}; save x and y alone")
         return found
 
 
@@ -144,17 +145,22 @@ def _description(file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool,
     if length > MOST_DESCRIPTION:
         raise ValueError(f"a description of {length} bytes")
     text = "".join(file.read(length).decode("latin1").split())
+    text = re.sub(r"(?<=\d)L(?=[,)])", "", text)  # whole numbers as Python 2 wrote them
     if not DESCRIPTION.fullmatch(text):
-        raise ValueError("it holds more than plain numbers or text")
+        raise ValueError("it holds more than plain numbers or text; save one array of numbers, or of text")
     values = dict(re.findall(r"'(\w+)':('[^']*'|True|False|\([\d,]*\))", text))
     kind, shape = values.get("descr", "")[1:-1], values.get("shape", "")
+    if BYTES.fullmatch(kind):
+        raise ValueError(f"it holds bytes ({kind}); save y as text (dtype U), or as whole numbers")
     if len(values) < 3 or not NUMBERS.fullmatch(kind) or values["fortran_order"] not in ("True", "False"):
-        raise ValueError("it holds something other than numbers or text")
+        found = f"it holds something other than numbers or text ({kind[:60]})"
+        raise ValueError(f"{found}; save x as numbers, y as whole numbers or text")
     dtype, sides = np.dtype(kind), tuple(int(side) for side in shape[1:-1].split(",") if side)
     if not shape.startswith("(") or len(sides) > DIMENSIONS or math.prod(side or 1 for side in sides) >= 2**62:
         raise ValueError("its shape is none")
     if dtype.kind == "U" and not 0 < dtype.itemsize <= 4 * MOST_CHARACTERS:
-        raise ValueError(f"labels of more than {MOST_CHARACTERS} characters, or none")
+        found = f"labels of more than {MOST_CHARACTERS} characters, or none"
+        raise ValueError(f"{found}; shorten them, or save y as whole numbers")
     return dtype, sides, values["fortran_order"] == "True", 8 + width + length
 
 

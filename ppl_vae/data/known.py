@@ -86,10 +86,15 @@ def cifar10(root: PathLike | None = None, download: bool = True) -> Images:
                 place.mkdir(parents=True, exist_ok=True)
                 part = place / f".{kind.base_folder}.{os.getpid()}.part"
                 shutil.copytree(Path(scratch, kind.base_folder), part)
-                part.rename(folder)
+                try:
+                    part.rename(folder)
+                except OSError:  # another process may have been faster
+                    shutil.rmtree(part)
+                    if not folder.is_dir():
+                        raise
     except DAMAGE as error:
-        mend = f"unpack {kind.filename}, of MD5 {kind.tgz_md5}, in DIR and give --data-dir DIR"
-        raise DataUnavailable(f"cannot get CIFAR10 into {folder}: {line(error)}. Instead, {mend}") from error
+        files = f"unpack {kind.filename}, of MD5 {kind.tgz_md5},"
+        raise _unavailable("CIFAR10", folder, error, files, "", download) from error
     fit, judge = (
         Split(unit_pixels(part.data, "CIFAR10")[0], torch.tensor(part.targets)) for part in (train, test)
     )
@@ -114,18 +119,42 @@ def _idx_images(folder: str, name: str, root: PathLike | None, download: bool) -
             train, test = kind(scratch, train=True, download=download), kind(scratch, train=False)
             for file in work.glob("*.gz"):  # there after a download only
                 raw.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, raw / f"{file.name}.part").replace(raw / file.name)
+                part = raw / f".{file.name}.{os.getpid()}.part"  # another process may fetch it, too
+                shutil.copyfile(file, part).replace(raw / file.name)
         sizes = [len(column) for part in (train, test) for column in (part.data, part.targets)]
         if sizes != [60_000, 60_000, 10_000, 10_000]:
             raise ValueError(f"found {sizes} images and labels, not 60000 and 10000 of each")
         if train.data.shape[1:] != test.data.shape[1:] or max(part.targets.max() for part in (train, test)) > 9:
             raise ValueError("found pictures of two shapes, or labels beyond ten")
     except DAMAGE as error:
-        mend = f"put {', '.join(f'{file}.gz' for file in _IDX)} into DIR/{folder}/raw and give --data-dir DIR"
-        raise DataUnavailable(f"cannot get {folder} into {raw}: {line(error)}. Instead, {mend}") from error
+        files = f"put {', '.join(f'{file}.gz' for file in _IDX)}"
+        raise _unavailable(folder, raw, error, files, f"/{folder}/raw", download) from error
     fit, judge = (Split(part.data.flatten(1).float() / 255, part.targets) for part in (train, test))
     classes = tuple(label.split(" - ")[0] for label in kind.classes)  # MNIST's are "0 - zero"
     return Images(name, fit[:50_000], fit[50_000:], judge, tuple(train.data.shape[1:]), classes)
+
+
+def _unavailable(
+    name: str, place: Path, error: BaseException, files: str, below: str, download: bool
+) -> DataUnavailable:
+    """What went wrong, and how to mend it: another folder where they were fetched, else this one.
+
+    Args:
+        name: of the data set.
+        place: the folder that has its files.
+        error: what went wrong.
+        files: what to do with which.
+        below: what the folder is called, from that which a user names.
+        download: whether missing files are fetched.
+    """
+    if download:
+        mend = f"{files} into DIR{below} and give --data-dir DIR"
+        return DataUnavailable(f"cannot get {name} into {place}: {line(error)}. Instead, {mend}")
+    why = line(error).replace("You can use download=True to download it", "").strip(" .")
+    where = place if below else place.parent
+    return DataUnavailable(
+        f"cannot get {name} from {place}: {why}. Either {files} into {where}, or leave data_dir out to fetch them"
+    )
 
 
 def _copy(folder: Path, work: Path, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ppl_vae.data.images import DAMAGE, Array, line
-from ppl_vae.files import open_regular
+from ppl_vae.files import brief, open_regular
 from ppl_vae.limits import MEMORY, memory_limit
 
 __all__ = ["read_pictures"]
@@ -32,7 +32,11 @@ def read_pictures(path: Path) -> tuple[Array, list[str]]:
     Raises:
         ValueError: as `ppl_vae.data.from_folder`.
     """
-    files = _picture_files(path, [], 0)
+    try:
+        files = _picture_files(path, [], 0)
+    except OSError as error:
+        where = brief(error.filename or path)
+        raise ValueError(f"path: cannot read {where} ({error.strerror}); make it readable") from error
     pictures: list[Image.Image] = []
     for file in files:
         pictures.append(_picture(file, pictures[0] if pictures else None, len(files)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from ppl_vae.data.arrays import read_arrays
 from ppl_vae.data.images import Array, Images, Split, deal, unit_pixels
 from ppl_vae.data.pictures import read_pictures
-from ppl_vae.files import PathLike, expanded
+from ppl_vae.files import PathLike, brief, expanded, look
 from ppl_vae.settings import printable
 
 __all__ = ["from_folder", "from_npy", "from_npz", "from_path"]
@@ -27,12 +28,13 @@ def from_path(path: PathLike, seed: int = 0, *, counts: bool = False) -> Images:
         ValueError: If nothing is there, or it is none of the three, or its reader refuses it.
     """
     path = expanded(path)
-    if path.is_dir():
+    found = look(path, "path")
+    if found is not None and stat.S_ISDIR(found.st_mode):
         return from_folder(path, seed)
     if path.suffix.lower() in (".npz", ".npy"):
         return from_npz(path, seed, counts=counts)
-    state = "is no .npz or .npy file and no folder of pictures" if path.exists() else "does not exist"
-    raise ValueError(f"{path} {state}")
+    state = "is no .npz or .npy file and no folder of pictures" if found is not None else "does not exist"
+    raise ValueError(f"{brief(path)} {state}")
 
 
 def from_npz(path: PathLike, seed: int = 0, *, counts: bool = False) -> Images:
