@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ppl_vae.conditionals import at_least_one
 from ppl_vae.files import PathLike, brief
-from ppl_vae.packing import DamagedError, pack, unpack
+from ppl_vae.packing import DamagedError, pack, require_readable, unpack
 from ppl_vae.ranks import RankError, alone, count_ranks, first_bytes, gathered, own_rank
 from ppl_vae.rng import derived
 from ppl_vae.running import Fault
@@ -109,11 +109,12 @@ class Checkpoints:
             copies: how many times as large as the newest a later one may be.
 
         Raises:
-            ValueError: it has not, or cannot.
+            ValueError: it has not, or cannot; they would be larger than what may be read.
         """
         if own_rank():
             return
         there = [path.stat().st_size for path in self.found()]
+        require_readable(KIND, copies * there[-1])
         needed = (self.keep + 1) * copies * there[-1] - sum(there)  # one more while it is written
         disk = shutil.disk_usage(self.folder)
         if disk.total > 0 and disk.free < needed:  # some file systems do not tell
