@@ -74,7 +74,10 @@ def test_site_and_datum_are_found_in_programs_without_a_table(kind):
     assert found.what == "site 'x' (likelihood): the log-density of {datum} is nan"
 
 
-@pytest.mark.parametrize("objective", [pv.ELBO(), pv.IWAE(3), Trace_ELBO(), RWS(3)], ids=lambda objective: type(objective).__name__)
+GOALS = [pv.ELBO(), pv.IWAE(3), Trace_ELBO(), RWS(3)]
+
+
+@pytest.mark.parametrize("objective", GOALS, ids=["ELBO", "IWAE", "Trace_ELBO", "RWS"])
 def test_the_site_comes_first_that_is_drawn_first(objective):
     found = found_in(marked_vae(), objective, MARKED)
     assert (found.site, found.row) == ("z", BAD)
