@@ -14,7 +14,7 @@ import pytest
 import ranks
 import torch
 from kills import end
-from ranks import EPOCHS, HELD_OUT, SIZE, X, drawing, find
+from ranks import CASES, EPOCHS, HELD_OUT, SIZE, X, drawing, find
 from test_packing import identical
 from torch import distributed
 from torch.utils.data import DataLoader, TensorDataset
@@ -205,7 +205,7 @@ def test_a_critic_and_a_captured_codebook_are_the_same_on_all(request, how, case
 
 
 def test_a_process_without_rows_adds_nothing_to_a_codebook(two):
-    alone = find("idle", None)["pair"]
+    alone = CASES["idle"](how="off")["pair"]
     for name, value in two["idle"][0]["pair"].items():
         torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5)
     assert identical(two["idle"][0]["pair"], two["idle"][1]["pair"])
